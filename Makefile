@@ -1,0 +1,45 @@
+# Each command makes its own virtual environment (.venv) on first use.
+# PYTHON picks the interpreter (3.11 or later): make test PYTHON=python3.12
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+VERSION     := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),constraints/python3.11.txt,constraints/python3.12.txt)
+STAMP       := $(VENV)/.installed-$(VERSION)
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint format bench clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## make the virtual environment with pinned packages
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "qat_jax needs Python 3.11 or later, $(PYTHON) is $(VERSION): try make PYTHON=python3.12 …"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@
+
+quickstart: $(STAMP)  ## train a small ResNet on digits: float32, max and OCTAV at 4 and 2 bits
+	$(BIN)/python -m experiments.quickstart --workdir=runs/quickstart
+
+test: $(STAMP)  ## run the test suite (under 6 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## time the quantised training step against the float32 step
+	$(BIN)/python -m benchmarks.train_step
+
+clean:  ## remove the virtual environment and run folders
+	rm -rf $(VENV) runs

@@ -1,0 +1,1 @@
+"""Quantisation-aware training and post-training quantisation in JAX."""
