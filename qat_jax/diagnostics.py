@@ -1,0 +1,78 @@
+"""Diagnostics: how well a quantiser fits its array, as scalars computed inside the step."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qat_jax.granularity import ChannelAxis
+from qat_jax.quantizer import Quantizer, fake_quant
+
+
+class Diagnostics(NamedTuple):
+    """One operand's figures, float32 scalars. A pytree.
+
+    Attributes:
+      sqnr_db: signal to quantisation noise, 10 log10(Σ x² / Σ (x - x̂)²), in dB; infinite where
+        the array is represented exactly.
+      clipped_fraction: the share of the elements that lie beyond their threshold.
+      threshold_over_max: the mean over groups of the threshold over the largest magnitude; 1 for
+        max scaling, less where clipping pays; groups of zeros do not count.
+    """
+
+    sqnr_db: jax.Array
+    clipped_fraction: jax.Array
+    threshold_over_max: jax.Array
+
+
+def fake_quant_with_diagnostics(
+    x: jax.Array, quantizer: Quantizer, *, channel_axis: ChannelAxis = None
+) -> tuple[jax.Array, Diagnostics]:
+    """`fake_quant` and its figures, from one search for the threshold.
+
+    Args:
+      x: floating-point array.
+      quantizer: the description.
+      channel_axis: the axis or axes with a scale each.
+
+    Returns:
+      The fake-quantised array, and its diagnostics, which no gradient flows into.
+    """
+    threshold = quantizer.threshold(x, channel_axis)
+    y = fake_quant(x, quantizer, threshold=threshold)
+    return y, diagnose(x, y, threshold, quantizer, channel_axis=channel_axis)
+
+
+def diagnose(
+    x: jax.Array,
+    quantized: jax.Array,
+    threshold: jax.Array,
+    quantizer: Quantizer,
+    *,
+    channel_axis: ChannelAxis = None,
+) -> Diagnostics:
+    """The figures of an array, its quantised version and its thresholds.
+
+    Args:
+      x: the original array.
+      quantized: what became of it, of the same shape.
+      threshold: its thresholds, with x's number of dimensions.
+      quantizer: the description that was used.
+      channel_axis: the axis or axes with a scale each.
+
+    Returns:
+      The diagnostics.
+    """
+    x, quantized, threshold = jax.lax.stop_gradient((x, quantized, threshold))
+    magnitude = quantizer.format.magnitude(x).astype(threshold.dtype)
+    axes = quantizer.granularity.group_axes(x.ndim, channel_axis)
+    largest = jnp.max(magnitude, axis=axes, keepdims=True, initial=0)
+    x = x.astype(threshold.dtype)
+    noise = jnp.sum(jnp.square(x - quantized))
+    clipped = (x > threshold) | (x < quantizer.format.lower(threshold))
+    ratio = threshold / jnp.where(largest > 0, largest, 1)
+    return Diagnostics(
+        sqnr_db=10 * (jnp.log10(jnp.sum(jnp.square(x))) - jnp.log10(noise)),
+        clipped_fraction=jnp.mean(clipped, dtype=jnp.float32),
+        threshold_over_max=jnp.sum(ratio) / jnp.maximum(jnp.sum(largest > 0), 1),
+    )

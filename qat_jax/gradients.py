@@ -1,0 +1,83 @@
+"""Gradients: what the backward pass believes about a quantiser.
+
+A rule maps (x, lower, upper, g) to the gradient of x, where g is the gradient of the quantised
+array and [lower, upper] is what the threshold s leaves unclipped: [-s, s], or [0, s] on an
+unsigned grid. Write your own as a function with that signature.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+GradientRule = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def ste(x: jax.Array, lower: jax.Array, upper: jax.Array, g: jax.Array) -> jax.Array:
+    """Straight-through estimator: 1 everywhere (arXiv:2206.06501, section 4)."""
+    del x, lower, upper
+    return g
+
+
+def pwl(x: jax.Array, lower: jax.Array, upper: jax.Array, g: jax.Array) -> jax.Array:
+    """Piece-wise linear: 1 where x is not clipped, 0 where it is (arXiv:2206.06501, section 4)."""
+    return jnp.where((x < lower) | (x > upper), jnp.zeros_like(g), g)
+
+
+def mad(x: jax.Array, lower: jax.Array, upper: jax.Array, g: jax.Array) -> jax.Array:
+    """Magnitude-aware differentiation: 1 where x is not clipped, s/|x| where it is.
+
+    Clipping is read as multiplication by α = clip(x)/x, and α is held constant
+    (arXiv:2206.06501, section 4, equation 9). s is the clipping threshold, not the step.
+    """
+    inside = (x >= lower) & (x <= upper)
+    # Only a clipped x divides, and a clipped x is not 0.
+    scale = jnp.where(inside, 1, jnp.clip(x, lower, upper) / jnp.where(inside, 1, x))
+    return (g * scale).astype(g.dtype)
+
+
+_RULES: dict[str, GradientRule] = {"ste": ste, "pwl": pwl, "mad": mad}
+
+
+def gradient_rule(gradient: str | GradientRule) -> GradientRule:
+    """The rule of a name, or the rule itself; a ValueError lists the names."""
+    if callable(gradient):
+        return gradient
+    if gradient not in _RULES:
+        raise ValueError(f"no gradient {gradient!r}: there are {', '.join(_RULES)}, or a function")
+    return _RULES[gradient]
+
+
+def with_gradient(
+    forward: Callable[[jax.Array, jax.Array], jax.Array],
+    lower: Callable[[jax.Array], jax.Array],
+    gradient: str | GradientRule,
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Give ``forward(x, threshold)`` the backward pass of a rule.
+
+    The residuals are x and the threshold, which live anyway; masks are recomputed. The threshold
+    gets no gradient: nothing is differentiated through the search for it.
+
+    Args:
+      forward: maps x and its thresholds to an array of x's shape and dtype.
+      lower: maps thresholds to the least unclipped numbers.
+      gradient: a rule or its name.
+
+    Returns:
+      A function of x and threshold with a custom reverse-mode derivative.
+    """
+    rule = gradient_rule(gradient)
+
+    @jax.custom_vjp
+    def function(x: jax.Array, threshold: jax.Array) -> jax.Array:
+        return forward(x, threshold)
+
+    def forward_pass(x: jax.Array, threshold: jax.Array) -> tuple[jax.Array, tuple]:
+        return forward(x, threshold), (x, threshold)
+
+    def backward_pass(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x, threshold = residuals
+        return rule(x, lower(threshold), threshold, g), jnp.zeros_like(threshold)
+
+    function.defvjp(forward_pass, backward_pass)
+    return function

@@ -1,0 +1,360 @@
+"""Put a policy into an unmodified Flax NNX model, through Flax's own injection points.
+
+``Linear``, ``LinearGeneral``, ``Conv`` and ``Einsum`` let their operation be replaced;
+``MultiHeadAttention`` its attention function, here one with both matrix products quantised;
+``ConvTranspose`` the promotion of its operands, where they are quantised on the way. What is
+injected are NNX modules themselves, so that quantisers can sow diagnostics and hold state.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.attention import dot_product_attention, dot_product_attention_weights
+from flax.nnx.nn.dtypes import promote_dtype
+from jax import lax
+
+from qat_jax import ops
+from qat_jax.diagnostics import Diagnostics, fake_quant_with_diagnostics
+from qat_jax.granularity import ChannelAxis
+from qat_jax.policy import Policy, Rule, preset
+from qat_jax.quantizer import Quantizer
+from qat_jax.report import LayerReport, Report
+
+
+class Diagnostic(nnx.Variable):
+    """The type under which quantisers sow their `Diagnostics`: see `diagnostics_by_layer`."""
+
+
+class OperandQuantizer(nnx.Module):
+    """Quantises one operand of one layer.
+
+    Attributes:
+      quantizer: the description (static).
+    """
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.quantizer = quantizer
+
+    def __call__(self, x: jax.Array, channel_axis: ChannelAxis = None) -> jax.Array:
+        """Fake quantisation of x."""
+        if not _captures(self):
+            return self.quantizer(x, channel_axis)
+        x, diagnostics = fake_quant_with_diagnostics(x, self.quantizer, channel_axis=channel_axis)
+        self.sow(Diagnostic, "diagnostics", diagnostics)
+        return x
+
+
+class QuantizedOp(nnx.Module):
+    """Takes the place of a ``jax.lax`` operation inside a layer; the kernel is on the right.
+
+    Attributes:
+      op: an operation of ``ops`` (static).
+      activations: quantiser of the left operand, or None.
+      weights: quantiser of the right operand, or None.
+    """
+
+    def __init__(self, op: Callable[..., jax.Array], rule: Rule) -> None:
+        self.op = op
+        self.activations = _operand(rule.activations)
+        self.weights = _operand(rule.weights)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        """The operation, of quantised operands."""
+        return self.op(*args, lhs=self.activations, rhs=self.weights, **kwargs)
+
+
+class QuantizedPromotion(nnx.Module):
+    """Takes the place of a layer's ``promote_dtype`` and quantises input and kernel there.
+
+    Attributes:
+      promote: the layer's own promotion (static).
+      kernel_channel_axis: the axis of the output features in the kernel (static).
+      activations: quantiser of the input, or None.
+      weights: quantiser of the kernel, or None.
+    """
+
+    def __init__(self, promote: Callable[..., tuple], kernel_channel_axis: int, rule: Rule) -> None:
+        self.promote = promote
+        self.kernel_channel_axis = kernel_channel_axis
+        self.activations = _operand(rule.activations)
+        self.weights = _operand(rule.weights)
+
+    def __call__(self, arrays: tuple, **kwargs: Any) -> tuple:
+        """Promote (input, kernel, bias) to a common dtype, then quantise the first two."""
+        x, kernel, bias = self.promote(arrays, **kwargs)
+        if self.activations is not None:
+            x = self.activations(x, channel_axis=0)
+        if self.weights is not None:
+            kernel = self.weights(kernel, channel_axis=self.kernel_channel_axis)
+        return x, kernel, bias
+
+
+class QuantizedAttention(nnx.Module):
+    """Dot-product attention whose two matrix products have quantised operands.
+
+    Takes the place of ``nnx.dot_product_attention`` and takes its arguments.
+
+    Attributes:
+      query: quantiser of the queries; so the next three.
+      key: of the keys.
+      attention_weights: of the softmax's output, dropout included.
+      value: of the values.
+    """
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.query = OperandQuantizer(quantizer)
+        self.key = OperandQuantizer(quantizer)
+        self.attention_weights = OperandQuantizer(quantizer)
+        self.value = OperandQuantizer(quantizer)
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        precision: Any = None,
+        **kwargs: Any,
+    ) -> jax.Array:
+        """Attention over [batch…, length, heads, depth], as ``nnx.dot_product_attention``."""
+        all_but_depth = tuple(range(query.ndim - 1))
+        query = self.query(query, channel_axis=all_but_depth)
+        key = self.key(key, channel_axis=all_but_depth)
+        weights = dot_product_attention_weights(query, key, precision=precision, **kwargs)
+        # Grouped queries: as many heads of values as of queries.
+        value = jnp.repeat(value, weights.shape[-3] // value.shape[-2], axis=-2)
+        return ops.einsum(
+            "...hqk,...khd->...qhd",
+            weights,
+            value.astype(weights.dtype),
+            precision=precision,
+            lhs=self.attention_weights,
+            rhs=self.value,
+        )
+
+
+def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
+    """Put a policy into a model.
+
+    Args:
+      model: any NNX model; it is left as it is.
+      policy: the rules, or the name of a `preset`, whose first convolution and classifier are
+        then the model's first convolution and last linear layer in order of definition.
+
+    Returns:
+      A copy of the model that shares its arrays and quantises as the policy says. `report` tells
+      which layer got what.
+
+    Raises:
+      ValueError: if a rule matches no layer, or a matched layer already has an operation of its
+        own in the place where the quantised one would go.
+
+    Example:
+      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu)
+      >>> model = quantize_model(model, "octav-w4a4")
+      >>> print(report(model))
+      layer     type    weights                   activations
+      layers/0  Linear  int8 PerTensor Octav mad  auto8 PerTensor Octav pwl
+    """
+    sites = _sites(model)
+    if isinstance(policy, str):
+        policy = _preset_for(policy, sites)
+    placed = policy.place([site.path for site in sites])
+    replacements = {
+        site.path: _replacement(site, placed[site.path]) for site in sites if site.path in placed
+    }
+    model = nnx.merge(*nnx.split(model))
+    for site in _sites(model):
+        if replacements.get(site.path) is not None:
+            setattr(site.layer, site.hook.attribute, nnx.data(replacements[site.path]))
+    return model
+
+
+def report(model: nnx.Module) -> Report:
+    """What each layer of a model got.
+
+    Args:
+      model: an NNX model, quantised or not.
+
+    Returns:
+      A report that prints as a table.
+    """
+    return Report(
+        tuple(
+            LayerReport(
+                path=site.path,
+                kind=type(site.layer).__name__,
+                weights=_installed(site, "weights"),
+                activations=_installed(site, "activations"),
+            )
+            for site in _sites(model)
+        )
+    )
+
+
+def diagnostics_by_layer(captured: nnx.State) -> dict[str, Diagnostics]:
+    """Sort out what quantisers sowed during a forward pass.
+
+    Collect it with Flax's own ``nnx.capture``, inside or outside ``jax.jit``; a forward pass that
+    nobody listens to computes no diagnostics.
+
+    Args:
+      captured: the second result of a function wrapped in ``nnx.capture(…, Diagnostic)``.
+
+    Returns:
+      Diagnostics by ``"path of the layer/operand"``. A layer that ran more than once has its
+      later runs under ``"…/operand/1"`` and so on.
+
+    Example:
+      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+      >>> forward = nnx.capture(quantize_model(model, "octav-w4a4"), Diagnostic)
+      >>> y, captured = forward(jnp.ones((2, 4)))
+      >>> sorted(diagnostics_by_layer(captured))
+      ['layers/0/activations', 'layers/0/weights']
+    """
+    found = {}
+    leaves = jax.tree.leaves_with_path(
+        nnx.to_pure_dict(captured), is_leaf=lambda x: isinstance(x, Diagnostics)
+    )
+    hooks = {hook.attribute for hook in _HOOKS}
+    for keys, diagnostics in leaves:
+        names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in keys]
+        *path, _, run = [name for name in names if name not in hooks]
+        found["/".join(path if run == "0" else [*path, run])] = diagnostics
+    return found
+
+
+class _Hook(NamedTuple):
+    """An injection point of a Flax layer.
+
+    Attributes:
+      layer: the type that has it.
+      attribute: where the quantised operation goes.
+      plain: what a layer left alone holds there.
+      replacement: makes the quantised operation for a layer and its rule.
+    """
+
+    layer: type[nnx.Module]
+    attribute: str
+    plain: tuple[Any, ...]
+    replacement: Callable[[Any, Rule], nnx.Module | None]
+
+
+_HOOKS = (
+    _Hook(
+        nnx.Linear,
+        "dot_general",
+        (lax.dot_general,),
+        lambda layer, rule: QuantizedOp(ops.dot_general, rule),
+    ),
+    _Hook(
+        nnx.LinearGeneral,
+        "dot_general",
+        (None, lax.dot_general),
+        lambda layer, rule: QuantizedOp(ops.dot_general, rule),
+    ),
+    _Hook(
+        nnx.Conv,
+        "conv_general_dilated",
+        (lax.conv_general_dilated,),
+        lambda layer, rule: QuantizedOp(ops.conv_general_dilated, rule),
+    ),
+    _Hook(
+        nnx.ConvTranspose,
+        "promote_dtype",
+        (promote_dtype,),
+        # Transposed, a kernel's last two axes are (out, in) instead of (in, out).
+        lambda layer, rule: QuantizedPromotion(
+            layer.promote_dtype, -2 if layer.transpose_kernel else -1, rule
+        ),
+    ),
+    _Hook(
+        nnx.Einsum,
+        "einsum_op",
+        (jnp.einsum,),
+        lambda layer, rule: QuantizedOp(ops.einsum, rule),
+    ),
+    _Hook(
+        nnx.MultiHeadAttention,
+        "attention_fn",
+        (dot_product_attention,),
+        lambda layer, rule: QuantizedAttention(rule.activations) if rule.activations else None,
+    ),
+)
+
+
+class _Site(NamedTuple):
+    """A layer that can be quantised, and where."""
+
+    path: str
+    layer: Any
+    hook: _Hook
+
+
+def _sites(model: nnx.Module) -> list[_Site]:
+    """The layers that can be quantised, each once, in order of definition."""
+    nodes = dict(nnx.iter_graph(model))
+
+    def definition_order(path: tuple[Any, ...]) -> list[int]:
+        # NNX traverses attributes by the alphabet; the objects' own dictionaries know better.
+        positions = []
+        for depth, name in enumerate(path):
+            siblings = [
+                str(sibling) for sibling in getattr(nodes.get(path[:depth]), "__dict__", ())
+            ]
+            positions.append(siblings.index(str(name)) if str(name) in siblings else int(name))
+        return positions
+
+    found = [
+        (definition_order(path), _Site("/".join(map(str, path)), node, hook))
+        for path, node in nodes.items()
+        for hook in _HOOKS
+        if isinstance(node, hook.layer)
+    ]
+    return [site for _, site in sorted(found, key=lambda item: item[0])]
+
+
+def _preset_for(name: str, sites: Sequence[_Site]) -> Policy:
+    convolutions = [site.path for site in sites if isinstance(site.layer, nnx.Conv)]
+    linears = [s.path for s in sites if isinstance(s.layer, nnx.Linear | nnx.LinearGeneral)]
+    return preset(
+        name,
+        first=re.escape(convolutions[0]) if convolutions else None,
+        last=re.escape(linears[-1]) if linears else None,
+    )
+
+
+def _replacement(site: _Site, rule: Rule) -> nnx.Module | None:
+    """The quantised operation for a layer, or None where the rule quantises nothing of it."""
+    if rule.weights is None and rule.activations is None:
+        return None
+    present = getattr(site.layer, site.hook.attribute)
+    if present not in site.hook.plain or getattr(site.layer, "dot_general_cls", None) is not None:
+        raise ValueError(
+            f"{site.path} already has a {site.hook.attribute} of its own, {present}: quantise the "
+            f"model before that is set, or keep the layer in float with Rule({site.path!r}) first"
+        )
+    return site.hook.replacement(site.layer, rule)
+
+
+def _installed(site: _Site, operand: str) -> Quantizer | None:
+    """The quantiser of a layer's weights or activations."""
+    replacement = getattr(site.layer, site.hook.attribute)
+    if isinstance(replacement, QuantizedAttention):
+        replacement = {"activations": replacement.query}.get(operand)
+    else:
+        replacement = getattr(replacement, operand, None)
+    return getattr(replacement, "quantizer", None)
+
+
+def _operand(quantizer: Quantizer | None) -> OperandQuantizer | None:
+    return None if quantizer is None else OperandQuantizer(quantizer)
+
+
+def _captures(module: nnx.Module) -> bool:
+    """Whether an ``nnx.capture`` listens to diagnostics: else sowing them would be wasted."""
+    return any(type(variable) is Diagnostic for variable in getattr(module, "__captures__", ()))

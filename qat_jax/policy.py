@@ -1,0 +1,175 @@
+"""Policies: which layers get which quantisers, by regular expressions on layer paths."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from qat_jax.clipping import AbsMax, Clipping, Octav
+from qat_jax.formats import Int
+from qat_jax.granularity import PerChannel, PerTensor
+from qat_jax.quantizer import Quantizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The quantisers of the layers whose path a pattern matches.
+
+    Attributes:
+      pattern: a regular expression that matches the whole path of a layer, such as
+        ``"layer1/0/conv1"`` or ``".*/conv[12]"``.
+      weights: quantiser of the layer's kernel; None leaves it as it is.
+      activations: quantiser of the layer's input, and of all four operands of attention's two
+        matrix products; None leaves them as they are.
+    """
+
+    pattern: str
+    weights: Quantizer | None = None
+    activations: Quantizer | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"{self.pattern!r} is not a regular expression: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """An ordered list of rules; the first whose pattern matches a layer's path decides.
+
+    Layers that no rule matches stay as they are.
+
+    Attributes:
+      rules: the rules, first match first.
+
+    Example:
+      >>> w8, w4 = Quantizer(Int(8)), Quantizer(Int(4))
+      >>> policy = Policy([Rule("stem", weights=w8), Rule(".*", weights=w4)])
+      >>> policy.place(["stem", "head"])["head"].weights.format
+      Int(bits=4, signed=True, narrow=False)
+    """
+
+    rules: Sequence[Rule]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+
+    def place(self, paths: Sequence[str]) -> dict[str, Rule]:
+        """The rule of each path that has one.
+
+        Args:
+          paths: the paths of the layers that can be quantised.
+
+        Returns:
+          A rule for each path that some rule matches.
+
+        Raises:
+          ValueError: if a rule decides for no layer; it lists the paths there are. Only a last
+            rule for everything else may find nothing left.
+        """
+        placed: dict[str, Rule] = {}
+        for rule in self.rules:
+            matched = [path for path in paths if re.fullmatch(rule.pattern, path)]
+            new = [path for path in matched if path not in placed]
+            if not new and not (rule is self.rules[-1] and len(matched) == len(paths) > 0):
+                reason = "only layers that earlier rules decide" if matched else "no layer"
+                raise ValueError(
+                    f"rule {rule.pattern!r} matches {reason}. Patterns match whole paths; "
+                    f"there are: {', '.join(paths) or 'none'}"
+                )
+            placed.update(dict.fromkeys(new, rule))
+        return placed
+
+
+def uniform_policy(
+    weight_bits: int,
+    activation_bits: int,
+    *,
+    clipping: Clipping | None = None,
+    gradient: str = "mph",
+    narrow: bool = False,
+    first: str | None = None,
+    last: str | None = None,
+    edge_bits: int = 8,
+    edge_clipping: Clipping | None = None,
+) -> Policy:
+    """The same bits in all layers but the first convolution and the classifier.
+
+    This is the recipe of OCTAV's convolutional networks (arXiv:2206.06501, section 5): weights
+    per output channel, the classifier's per tensor, activations per tensor and signed only where
+    the data is; first and last layer at 8 bits.
+
+    Args:
+      weight_bits: of the weights between the two ends.
+      activation_bits: of the activations between the two ends.
+      clipping: how thresholds are found, OCTAV by default.
+      gradient: "ste", "pwl" or "mad" for weights and activations alike, or "mph", the paper's
+        choice: MAD for weights, PWL for activations.
+      narrow: whether the threshold is itself a code (see `Int`).
+      first: pattern of the first convolution, if one is to have ``edge_bits``.
+      last: pattern of the classifier, likewise.
+      edge_bits: of weights and activations of those two.
+      edge_clipping: of those two, ``clipping`` by default.
+
+    Returns:
+      A policy that covers every layer.
+    """
+    clipping = Octav() if clipping is None else clipping
+    edge_clipping = clipping if edge_clipping is None else edge_clipping
+    weight_gradient, activation_gradient = (
+        ("mad", "pwl") if gradient == "mph" else (gradient, gradient)
+    )
+
+    def weights(bits: int, granularity: PerChannel | PerTensor, clipping: Clipping) -> Quantizer:
+        return Quantizer(Int(bits, narrow=narrow), granularity, clipping, weight_gradient)
+
+    def activations(bits: int, clipping: Clipping) -> Quantizer:
+        format = Int(bits, signed=None, narrow=narrow)
+        return Quantizer(format, PerTensor(), clipping, activation_gradient)
+
+    rules = []
+    edge_activations = activations(edge_bits, edge_clipping)
+    if first is not None:
+        edge_weights = weights(edge_bits, PerChannel(), edge_clipping)
+        rules.append(Rule(first, edge_weights, edge_activations))
+    if last is not None:
+        edge_weights = weights(edge_bits, PerTensor(), edge_clipping)
+        rules.append(Rule(last, edge_weights, edge_activations))
+    between = weights(weight_bits, PerChannel(), clipping)
+    return Policy([*rules, Rule(".*", between, activations(activation_bits, clipping))])
+
+
+def preset(name: str, *, first: str | None = None, last: str | None = None) -> Policy:
+    """A named policy: ``octav-w4a4``, ``max-w8a8``, ``octav-w2a3-ste``, ….
+
+    Args:
+      name: ``octav`` or ``max``, then the bits of weights and of activations, then if wanted the
+        gradient (``mph`` if not): see `uniform_policy`.
+      first: pattern of the first convolution, kept at 8 bits.
+      last: pattern of the classifier, kept at 8 bits.
+
+    Returns:
+      The policy.
+
+    Raises:
+      ValueError: if there is no such preset.
+
+    Example:
+      >>> preset("octav-w4a4", first="stem", last="head").rules[0].weights.format.bits
+      8
+    """
+    match = re.fullmatch(r"(octav|max)-w(\d+)a(\d+)(?:-(mph|mad|pwl|ste))?", name)
+    if match is None:
+        raise ValueError(
+            f"no preset {name!r}: write octav-w4a4 or max-w4a4 with bits of your own, and a "
+            "gradient if you like, as in octav-w4a4-ste (mph, mad, pwl or ste)"
+        )
+    clipping, weight_bits, activation_bits, gradient = match.groups()
+    return uniform_policy(
+        int(weight_bits),
+        int(activation_bits),
+        clipping=Octav() if clipping == "octav" else AbsMax(),
+        gradient=gradient or "mph",
+        first=first,
+        last=last,
+    )

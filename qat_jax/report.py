@@ -1,0 +1,66 @@
+"""What each layer of a quantised model got, as a table."""
+
+import dataclasses
+
+from qat_jax.formats import Int
+from qat_jax.quantizer import Quantizer
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One layer's entry.
+
+    Attributes:
+      path: the layer's path in the model.
+      kind: the layer's type.
+      weights: quantiser of its kernel, None if left in floating point.
+      activations: quantiser of its input, likewise.
+    """
+
+    path: str
+    kind: str
+    weights: Quantizer | None
+    activations: Quantizer | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Every layer that could be quantised, in order of definition; prints as a table."""
+
+    layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        rows = [("layer", "type", "weights", "activations")]
+        rows += [
+            (layer.path, layer.kind, describe(layer.weights), describe(layer.activations))
+            for layer in self.layers
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+                 for row in rows]  # fmt: skip
+        return "\n".join(lines)
+
+
+def describe(quantizer: Quantizer | None) -> str:
+    """A quantiser in a few words.
+
+    Example:
+      >>> describe(Quantizer(Int(4, signed=None)))
+      'auto4 PerTensor Octav mad'
+    """
+    if quantizer is None:
+        return "float"
+    gradient = quantizer.gradient
+    return " ".join(
+        [
+            _describe_format(quantizer.format),
+            type(quantizer.granularity).__name__,
+            type(quantizer.clipping).__name__,
+            gradient if isinstance(gradient, str) else getattr(gradient, "__name__", "custom"),
+        ]
+    )
+
+
+def _describe_format(format: Int) -> str:
+    kind = {True: "int", False: "uint", None: "auto"}[format.signed]
+    return f"{kind}{format.bits}{' narrow' if format.narrow else ''}"
