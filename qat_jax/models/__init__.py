@@ -1,1 +1,10 @@
+"""Float models in Flax NNX, one file a family, with pretrained weights in and out.
 
+A model is made of plain Flax layers and knows nothing of quantisation: policies are put into it
+from outside.
+"""
+
+from qat_jax.models.resnet_cifar import CifarResNet
+from qat_jax.models.weights import load_weights, save_weights
+
+__all__ = ["CifarResNet", "load_weights", "save_weights"]

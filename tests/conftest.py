@@ -1,0 +1,37 @@
+"""Real data that several rooms test on. The suite passes without it: these tests are skipped."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+_BESIDE_THE_PROJECT = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of development data, with `cifar10/` and others in it."""
+    folder = Path(os.environ.get("QAT_JAX_DATA", _BESIDE_THE_PROJECT))
+    if not folder.is_dir():
+        pytest.skip(f"no development data at {folder}: set QAT_JAX_DATA to a folder that has it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10_test(shared_data: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The first 1,000 CIFAR-10 test images, uint8 [1000, 32, 32, 3], and labels, int [1000]."""
+    path = shared_data / "cifar10" / "cifar10_test_first1000_lossless.npz"
+    if not path.is_file():
+        pytest.skip(f"no CIFAR-10 test images at {path}")
+    with np.load(path, allow_pickle=False) as arrays:
+        strips = [_webp(arrays[key]) for key in sorted(arrays) if key.startswith("webp_")]
+        return np.concatenate(strips), arrays["labels"].astype(int)
+
+
+def _webp(encoded: np.ndarray) -> np.ndarray:
+    """Decode a strip of images that are stacked one above the other."""
+    pixels = np.asarray(Image.open(io.BytesIO(encoded.tobytes())).convert("RGB"))
+    return pixels.reshape(-1, 32, 32, 3)
