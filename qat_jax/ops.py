@@ -143,7 +143,7 @@ def einsum(
     Returns:
       The product, of the same shape and dtype as without quantisers.
     """
-    x_axes, w_axes = _surviving_axes(subscripts, jnp.ndim(x), jnp.ndim(w))
+    x_axes, w_axes = surviving_axes(subscripts, jnp.ndim(x), jnp.ndim(w))
     return jnp.einsum(
         subscripts,
         _quantized(x, lhs, x_axes),
@@ -165,10 +165,23 @@ def _others(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
     return tuple(axis for axis in range(ndim) if axis not in excluded)
 
 
-def _surviving_axes(
+def surviving_axes(
     subscripts: str, x_ndim: int, w_ndim: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of either operand of an einsum that are in its output."""
+    """The axes of either operand of an einsum that are in its output.
+
+    Args:
+      subscripts: of two operands.
+      x_ndim: number of dimensions of the left one.
+      w_ndim: number of dimensions of the right one.
+
+    Returns:
+      The axes of the left operand and those of the right one.
+
+    Example:
+      >>> surviving_axes("...qhd,...khd->...hqk", 4, 4)
+      ((0, 1, 2), (0, 1, 2))
+    """
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if len(terms) != 2:

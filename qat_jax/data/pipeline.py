@@ -1,0 +1,229 @@
+"""Batches from random-access sources, by Grain: reproducible, resumable at any step, read ahead.
+
+Images stay uint8 until they are on the device; the jitted step normalises them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+
+Example = dict[str, Any]
+Batch = dict[str, np.ndarray]
+Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+# Batches that wait ready for each reading thread: enough to ride out an uneven step.
+_BUFFERED_PER_THREAD = 4
+
+
+class RandomAccessSource(Protocol):
+    """What a pipeline reads: a `tfds.data_source`, or a list of examples.
+
+    A source that also has `__getitems__(indices)` is asked for whole batches.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+def train_batches(
+    source: RandomAccessSource | Sequence[Example],
+    *,
+    batch_size: int,
+    seed: int,
+    augment: Augment | None = None,
+    start_step: int = 0,
+    num_threads: int = 1,
+    num_workers: int = 0,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> Iterator[Batch]:
+    """Endless shuffled batches: a new permutation each epoch, determined by seed and step alone.
+
+    The set is repeated, then batched: every batch is full, a batch may straddle two epochs, and
+    `batch_size` may exceed the size of the set. Permutation and augmentation depend on the
+    position in the endless stream, so a stream that begins at `start_step=k` equals the stream
+    from 0 after k batches without reading those; threads and workers change nothing but speed.
+
+    Args:
+      source: examples with `image` (uint8 [H, W, C]) and `label` (an integer).
+      batch_size: examples in a global batch, over all shards.
+      seed: 0 … 2³²-1.
+      augment: (image, generator) -> image, applied to single images.
+      start_step: index of the first batch.
+      num_threads: threads that read ahead, in each process that reads; 0 reads on demand. More
+        than one helps where reading waits (a slow disk, JPEG), not with small stored arrays.
+      num_workers: worker processes that read; 0 reads in this process. With workers, `source`
+        and `augment` must pickle and the main module must be importable without side effects.
+      shard_index: which part of every global batch is wanted: `jax.process_index()`.
+      shard_count: into how many disjoint parts it is divided: `jax.process_count()`.
+
+    Returns:
+      Iterator of {"image": uint8 [b, H, W, C], "label": int32 [b]}, b = batch_size / shard_count.
+      `close()` ends its threads and workers at once.
+
+    Raises:
+      ValueError: an empty source, or a batch that does not divide into the shards.
+
+    Example:
+      >>> examples = [{"image": np.full((1, 1, 1), i, np.uint8), "label": i} for i in range(4)]
+      >>> batches = train_batches(examples, batch_size=4, seed=0)
+      >>> sorted(next(batches)["label"].tolist())
+      [0, 1, 2, 3]
+    """
+    if len(source) == 0:
+        raise ValueError("the source has no examples: choose a larger split")
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    part = _Part(batch_size, shard_index, shard_count)
+    steps = grain.MapDataset.range(start_step, sys.maxsize)
+    batches = steps.map(_ReadTraining(source, order, part, augment, seed))
+    batches = batches.to_iter_dataset(_read_options(num_threads))
+    if num_workers:
+        batches = _in_workers(batches, num_workers)
+    return iter(batches)
+
+
+def eval_batches(
+    source: RandomAccessSource | Sequence[Example],
+    *,
+    batch_size: int,
+    num_threads: int = 1,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> Iterator[Batch]:
+    """Every example exactly once, in order, in batches of one shape.
+
+    The tail is filled with zeros that `mask` marks, so that sums over `mask` are exact. Every
+    shard gives the same number of batches.
+
+    Args:
+      source: examples with `image` (uint8 [H, W, C]) and `label` (an integer).
+      batch_size: examples in a global batch, over all shards.
+      num_threads: threads that read ahead; 0 reads on demand.
+      shard_index: which part of every global batch is wanted: `jax.process_index()`.
+      shard_count: into how many disjoint parts it is divided: `jax.process_count()`.
+
+    Returns:
+      Iterator of {"image": uint8 [b, H, W, C], "label": int32 [b], "mask": bool [b]} with
+      b = batch_size / shard_count; `mask` is True for examples, False for padding.
+
+    Raises:
+      ValueError: a batch that does not divide into the shards.
+
+    Example:
+      >>> examples = [{"image": np.full((1, 1, 1), i, np.uint8), "label": i} for i in range(3)]
+      >>> [batch["mask"].tolist() for batch in eval_batches(examples, batch_size=2)]
+      [[True, True], [True, False]]
+    """
+    part = _Part(batch_size, shard_index, shard_count)
+    steps = grain.MapDataset.range(-(-len(source) // batch_size))
+    batches = steps.map(_ReadEvaluation(source, part))
+    return iter(batches.to_iter_dataset(_read_options(num_threads)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """The consecutive positions of every global batch that one shard reads."""
+
+    batch_size: int
+    shard_index: int
+    shard_count: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.batch_size % self.shard_count:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a positive multiple of shard_count "
+                f"{self.shard_count}"
+            )
+        if not 0 <= self.shard_index < self.shard_count:
+            raise ValueError(
+                f"shard_index {self.shard_index} must lie in 0 … {self.shard_count - 1}"
+            )
+
+    @property
+    def size(self) -> int:
+        return self.batch_size // self.shard_count
+
+    def positions(self, step: int) -> range:
+        start = step * self.batch_size + self.shard_index * self.size
+        return range(start, start + self.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadTraining:
+    """Step -> batch. Reads a batch at a time: Grain's own cost an example is several times ours."""
+
+    source: RandomAccessSource | Sequence[Example]
+    order: Any
+    part: _Part
+    augment: Augment | None
+    seed: int
+
+    def __call__(self, step: int) -> Batch:
+        positions = self.part.positions(step)
+        # The order goes on beyond the first epoch, the indices of the source do not.
+        examples = _read_examples(self.source, [self.order[position] for position in positions])
+        images = [example["image"] for example in examples]
+        if self.augment is not None:
+            images = [
+                self.augment(image, _generator(self.seed, position))
+                for image, position in zip(images, positions, strict=True)
+            ]
+        labels = np.array([example["label"] for example in examples], np.int32)
+        return {"image": np.stack(images), "label": labels}
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadEvaluation:
+    """Step -> batch in the source's order, padded to the shard's size."""
+
+    source: RandomAccessSource | Sequence[Example]
+    part: _Part
+
+    def __call__(self, step: int) -> Batch:
+        indices = [i for i in self.part.positions(step) if i < len(self.source)]
+        examples = _read_examples(self.source, indices)
+        like = np.asarray(examples[0]["image"] if examples else self.source[0]["image"])
+        image = np.zeros((self.part.size, *like.shape), like.dtype)
+        label = np.zeros(self.part.size, np.int32)
+        for row, example in enumerate(examples):
+            image[row], label[row] = example["image"], example["label"]
+        return {"image": image, "label": label, "mask": np.arange(self.part.size) < len(examples)}
+
+
+def _read_examples(
+    source: RandomAccessSource | Sequence[Example], indices: list[int]
+) -> Sequence[Example]:
+    read_many = getattr(source, "__getitems__", None)
+    return [source[index] for index in indices] if read_many is None else read_many(indices)
+
+
+def _generator(seed: int, position: int) -> np.random.Generator:
+    """A stream of its own for every position, so that who reads it, and when, cannot matter."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position]))
+
+
+def _read_options(num_threads: int) -> grain.ReadOptions:
+    return grain.ReadOptions(
+        num_threads=num_threads, prefetch_buffer_size=num_threads * _BUFFERED_PER_THREAD
+    )
+
+
+def _in_workers(batches: Any, num_workers: int) -> Any:
+    # Grain looks at flags of its own here, which a program without absl's app.run never parses.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
+    return batches.mp_prefetch(options).map(_own_memory)
+
+
+def _own_memory(batch: Batch) -> Batch:
+    """Copies out of the workers' shared memory, which goes away while JAX may still look at it."""
+    return {name: np.array(values) for name, values in batch.items()}
