@@ -8,6 +8,7 @@ differentiated: gradients are the business of ``gradients``.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import jax
@@ -17,6 +18,9 @@ from jax import lax
 
 from qat_jax.formats import Int
 from qat_jax.granularity import normalize_axes
+
+# Elements that are added up in one go.
+_BLOCK = 8192
 
 
 class Clipping(Protocol):
@@ -110,8 +114,9 @@ class Octav:
             # rounding noise to weigh and so lands on the mean: the start needs no code of its own.
             nonzero = jnp.maximum(nonzero, above)
             weight = c * (nonzero - above) + above
+            # Nothing lies above an s of 0, of infinity, or that rounding took to the maximum: stay.
             step = total / jnp.where(weight > 0, weight, 1)
-            return jnp.where(jnp.isinf(s), s, step), nonzero
+            return jnp.where(total == 0, s, step), nonzero
 
         # A loop, not an unrolled chain: on the CPU it keeps XLA from recomputing x in every pass.
         start = jnp.zeros(kept, dtype)
@@ -161,14 +166,25 @@ def _keepdims_shape(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _groups_last(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Move the reduced axes to the end, where reductions are fast, each still an axis of its own.
+    """Move the reduced axes to the end, where reductions are fast, and split the long ones.
 
-    Merging them would make a sharded array be gathered.
+    Axes are not merged: that would gather a sharded array. Zeros fill the last block of a split
+    axis; they count for nothing.
     """
     size = math.prod(x.shape[axis] for axis in axes)
     if size > np.iinfo(np.int32).max:
         raise ValueError(f"a group of {size} elements is more than an int32 can count")
-    return x.transpose(tuple(axis for axis in range(x.ndim) if axis not in axes) + axes)
+    kept = tuple(axis for axis in range(x.ndim) if axis not in axes)
+    x = x.transpose(kept + axes)
+    for axis in reversed(range(len(kept), x.ndim)):
+        length = x.shape[axis]
+        if length > _BLOCK:
+            blocks = -(-length // _BLOCK)
+            padding = [(0, 0)] * x.ndim
+            padding[axis] = (0, blocks * _BLOCK - length)
+            x = jnp.pad(x, padding)
+            x = x.reshape(*x.shape[:axis], blocks, _BLOCK, *x.shape[axis + 1 :])
+    return x
 
 
 def _tail(groups: jax.Array, s: jax.Array, format: Int) -> tuple[jax.Array, jax.Array]:
@@ -176,9 +192,18 @@ def _tail(groups: jax.Array, s: jax.Array, format: Int) -> tuple[jax.Array, jax.
 
     The count is an int32: exact, and XLA's CPU backend vectorises the pair only then.
     """
-    axes = tuple(range(s.ndim, groups.ndim))
     magnitude = format.magnitude(groups).astype(s.dtype)
-    inside = magnitude <= jnp.expand_dims(s, axes)  # NaN is not, and so reaches the sum
+    inside = magnitude <= jnp.expand_dims(s, range(s.ndim, groups.ndim))  # NaN is not
     zero = np.zeros((), s.dtype)
-    operands = jnp.where(inside, zero, magnitude), jnp.where(inside, 0, 1).astype(jnp.int32)
-    return lax.reduce(operands, (zero, np.int32(0)), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
+    pair = jnp.where(inside, zero, magnitude), jnp.where(inside, 0, 1).astype(jnp.int32)
+
+    def reduce(pair: Sequence[jax.Array], axes: range) -> Sequence[jax.Array]:
+        start = zero, np.int32(0)
+        return lax.reduce(pair, start, lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
+
+    # Blocks first, then their sums: rounding errors grow with the length of a chain of additions.
+    first = groups.ndim
+    while first > s.ndim and math.prod(groups.shape[first - 1 :]) <= _BLOCK:
+        first -= 1
+    total, above = reduce(reduce(pair, range(first, groups.ndim)), range(s.ndim, first))
+    return total, above

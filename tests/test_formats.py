@@ -1,0 +1,55 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qat_jax import Int
+
+
+@pytest.mark.parametrize(
+    ("format", "codes", "steps"),
+    [
+        (Int(2), (-2, 1), 2),
+        (Int(4), (-8, 7), 8),
+        (Int(4, narrow=True), (-7, 7), 7),
+        (Int(4, signed=False), (0, 15), 16),
+        (Int(4, signed=False, narrow=True), (0, 15), 15),
+        (Int(8), (-128, 127), 128),
+        (Int(16), (-32768, 32767), 32768),
+    ],
+)
+def test_codes_and_steps(format, codes, steps):
+    grid = format.grid(jnp.zeros(1))
+    assert (grid.low, grid.high) == codes
+    assert grid.steps == steps
+    info = np.iinfo(format.code_dtype)
+    assert info.min <= codes[0]
+    assert codes[1] <= info.max
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 16])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_sign_picked_from_the_data(bits, narrow):
+    auto = Int(bits, signed=None, narrow=narrow)
+    for x, signed in [([0.0, 1.0], False), ([-1e-30, 1.0], True), ([-0.0, 0.0], False)]:
+        want = Int(bits, signed, narrow).grid(jnp.array(x))
+        assert [float(v) for v in auto.grid(jnp.array(x))] == list(want)
+    info = np.iinfo(auto.code_dtype)
+    assert info.min <= -(2 ** (bits - 1))
+    assert info.max >= 2**bits - 1
+
+
+def test_rounding_is_to_even_and_saturates():
+    grid = Int(3).grid(jnp.zeros(1))
+    codes = grid.round(jnp.array([-9.0, -1.5, -0.5, 0.5, 1.5, 2.5, 9.0, jnp.nan]))
+    np.testing.assert_array_equal(codes, [-4, -2, 0, 0, 2, 2, 3, np.nan])
+
+
+@pytest.mark.parametrize("bits", [0, 1, 9, 32, 4.5])
+def test_impossible_widths_are_refused(bits):
+    with pytest.raises(ValueError, match="2 to 8 or 16"):
+        Int(bits)
+
+
+def test_impossible_sign_is_refused():
+    with pytest.raises(ValueError, match="signed is True, False or None"):
+        Int(4, signed="yes")
