@@ -103,7 +103,6 @@ class Octav:
         model = format if self.noise == "grid" else dataclasses.replace(format, narrow=False)
         c = 1 / (12 * jnp.square(model.grid(x).steps))
         groups = _groups_last(x, axes)
-        kept = groups.shape[: x.ndim - len(axes)]
         dtype = accumulation_dtype(x)
         c = jnp.asarray(c, dtype)
 
@@ -119,7 +118,9 @@ class Octav:
             return jnp.where(total == 0, s, step), nonzero
 
         # A loop, not an unrolled chain: on the CPU it keeps XLA from recomputing x in every pass.
-        start = jnp.zeros(kept, dtype)
+        # Zeros like a sum over x, which is never computed: inside shard_map a loop's state has to
+        # vary over the mesh from the start, as x does.
+        start = jnp.zeros_like(jnp.sum(groups, range(x.ndim - len(axes), groups.ndim)), dtype)
         s, _ = lax.fori_loop(0, self.iterations + 1, newton, (start, start.astype(jnp.int32)))
         return s.reshape(_keepdims_shape(x, axes))
 

@@ -140,7 +140,8 @@ def _attention(module: Any, rule: Rule, args: tuple, kwargs: dict) -> dict[str, 
         return {}
     quantizer = rule.activations
     query, key, weights, value = (
-        _Operand(module, quantizer, name) for name in ("query", "key", "attention_weights", "value")
+        _Operand(module, quantizer, f"{name}_operand")  # "query" is the name of a sublayer
+        for name in ("query", "key", "attention_weights", "value")
     )
 
     @functools.wraps(nn.dot_product_attention)  # the layer passes what the signature names

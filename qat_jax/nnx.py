@@ -167,7 +167,7 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
     replacements = {
         site.path: _replacement(site, placed[site.path]) for site in sites if site.path in placed
     }
-    model = nnx.merge(*nnx.split(model))
+    model = _copy(model)
     for site in _sites(model):
         if replacements.get(site.path) is not None:
             setattr(site.layer, site.hook.attribute, nnx.data(replacements[site.path]))
@@ -318,6 +318,19 @@ def _sites(model: nnx.Module) -> list[_Site]:
     return [site for _, site in sorted(found, key=lambda item: item[0])]
 
 
+def _copy(model: nnx.Module) -> nnx.Module:
+    """New modules and variables, the same arrays, attributes in their order of definition."""
+    copy = nnx.merge(*nnx.split(model), copy=True)
+    copies = dict(nnx.iter_graph(copy))
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Module):  # merging sorts attributes by the alphabet
+            attributes = vars(copies[path])
+            ordered = {name: attributes[name] for name in vars(node)}
+            attributes.clear()
+            attributes.update(ordered)
+    return copy
+
+
 def _preset_for(name: str, sites: Sequence[_Site]) -> Policy:
     convolutions = [site.path for site in sites if isinstance(site.layer, nnx.Conv)]
     linears = [s.path for s in sites if isinstance(s.layer, nnx.Linear | nnx.LinearGeneral)]
@@ -335,8 +348,8 @@ def _replacement(site: _Site, rule: Rule) -> nnx.Module | None:
     present = getattr(site.layer, site.hook.attribute)
     if present not in site.hook.plain or getattr(site.layer, "dot_general_cls", None) is not None:
         raise ValueError(
-            f"{site.path} already has a {site.hook.attribute} of its own, {present}: quantise the "
-            f"model before that is set, or keep the layer in float with Rule({site.path!r}) first"
+            f"{site.path} already has a {site.hook.attribute} of its own: quantise the model "
+            f"before that is set, or leave the layer alone with Rule({site.path!r}) in front"
         )
     return site.hook.replacement(site.layer, rule)
 

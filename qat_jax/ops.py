@@ -161,8 +161,7 @@ def _quantized(
 
 
 def _others(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
-    excluded = {axis % ndim for axis in axes}
-    return tuple(axis for axis in range(ndim) if axis not in excluded)
+    return tuple(axis for axis in range(ndim) if axis not in axes)
 
 
 def surviving_axes(

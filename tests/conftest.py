@@ -9,15 +9,16 @@ import pytest
 from PIL import Image
 
 _BESIDE_THE_PROJECT = Path(__file__).resolve().parents[2] / "shared" / "data"
+# Read once: tests of the mains point the variable at folders of their own.
+_FOLDER = Path(os.environ.get("QAT_JAX_DATA", _BESIDE_THE_PROJECT))
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of development data, with `cifar10/` and others in it."""
-    folder = Path(os.environ.get("QAT_JAX_DATA", _BESIDE_THE_PROJECT))
-    if not folder.is_dir():
-        pytest.skip(f"no development data at {folder}: set QAT_JAX_DATA to a folder that has it")
-    return folder
+    if not _FOLDER.is_dir():
+        pytest.skip(f"no development data at {_FOLDER}: set QAT_JAX_DATA to a folder that has it")
+    return _FOLDER
 
 
 @pytest.fixture(scope="session")

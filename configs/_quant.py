@@ -1,0 +1,44 @@
+"""The part of a config that says how to quantise, from the config's argument."""
+
+from ml_collections import ConfigDict
+
+DEFAULTS = {"bits": "32", "clipping": "octav", "gradient": "mph"}
+
+
+def quant_config(arg: str) -> ConfigDict:
+    """Reads "bits=4,clipping=octav,gradient=mph"; "" and "float" mean no quantisation.
+
+    Args:
+        arg: comma-separated `key=value`; a key that is not given has its default.
+
+    Raises:
+        ValueError: a part is not `key=value`, or the key is unknown.
+
+    Example:
+        >>> quant_config("bits=4,clipping=max").to_dict()
+        {'activation_bits': 4, 'clipping': 'max', 'diagnostics': False, 'edge_clipping': 'max',
+         'gradient': 'mph', 'narrow': False, 'weight_bits': 4}
+    """
+    values = dict(DEFAULTS)
+    parts = [] if arg == "float" else [part for part in arg.split(",") if part]
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals or key not in DEFAULTS:
+            raise ValueError(
+                f"cannot read {part!r}: give 'float' or some of bits=4, clipping=octav|max, "
+                "gradient=mph|mad|pwl|ste, separated by commas"
+            )
+        values[key] = value
+    if not values["bits"].isdigit():
+        raise ValueError(f"bits={values['bits']} is not a whole number: give bits=4 or the like")
+    return ConfigDict(
+        {
+            "weight_bits": int(values["bits"]),
+            "activation_bits": int(values["bits"]),
+            "clipping": values["clipping"],
+            "gradient": values["gradient"],
+            "narrow": False,  # whether the threshold is itself a code: symmetric grids
+            "edge_clipping": values["clipping"],  # of the first convolution and the classifier
+            "diagnostics": False,  # SQNR, clipped share and threshold of each layer in each step
+        }
+    )

@@ -1,0 +1,61 @@
+"""A small ResNet-8 on scikit-learn's handwritten digits (8x8 pixels, 10 classes).
+
+    python -m experiments.train --config=configs/digits.py --workdir=runs/digits-float
+    python -m experiments.train --config=configs/digits.py:bits=4 --workdir=runs/digits-octav-4
+    python -m experiments.train --config=configs/digits.py:bits=2,clipping=max,gradient=ste \
+        --workdir=runs/digits-max-2
+
+Expected test accuracy (360 images, one seed; an image is 0.28 points): float 97.5 %; 4 bits, OCTAV
+or maximum, 97.5 %; 2 bits, OCTAV with MPH gradients 98.9 %, maximum with STE 95.3 %. Each takes
+about half a minute on two CPU cores, most of it compilation.
+
+ARG: bits (2 to 8; 32 or "float" is no quantisation), clipping (octav, max), gradient (mph, mad,
+pwl, ste).
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from configs._quant import quant_config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return ConfigDict(
+        {
+            "experiment": "digits",
+            "seed": 0,
+            "dataset": {
+                "name": "digits",
+                "data_dir": placeholder(str),  # None: the data room's default folder
+                "train_split": "train",
+                "test_split": "test",
+                "augment": "none",
+                "mean": (0.5,),
+                "std": (0.5,),
+                "num_threads": 1,
+                "num_workers": 0,
+            },
+            "model": {
+                "depth": 8,
+                "width": 8,
+                "num_classes": 10,
+                "in_channels": 1,
+                "pretrained": placeholder(str),  # path of a safetensors file
+            },
+            "quant": quant_config(arg),
+            "optimizer": {
+                "name": "sgd",
+                "learning_rate": 0.1,
+                "momentum": 0.9,
+                "nesterov": False,
+                "weight_decay": 1e-4,
+            },
+            "schedule": {"name": "cosine", "warmup_percent": 5.0},
+            "label_smoothing": 0.0,
+            "batch_size": 64,
+            "total_epochs": 15.0,
+            "eval_every_epochs": 3.0,
+            "checkpoint_every_epochs": 3.0,
+            "log_every_steps": 10,
+        }
+    )

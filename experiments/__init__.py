@@ -1,0 +1,1 @@
+"""Thin mains: flags, then library calls."""

@@ -1,0 +1,193 @@
+"""What all mains share: flags, configs, one-line errors and exit statuses.
+
+A main is `python -m experiments.NAME --config=configs/FILE.py[:ARG] --workdir=DIR
+[--config.a.b=value …]` and ends with status 0 only if the work was done.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import absl.logging
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import config_path
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
+
+from qat_jax.data import DataError
+from qat_jax.training.checkpoint import CheckpointError
+from qat_jax.training.loop import Interrupted, NonFiniteLossError
+from qat_jax.training.workdir import WorkdirError
+
+FAILED = 1
+WRONG_USAGE = 2
+SIGNAL_BASE = 128  # a shell's status of a command ended by signal n is 128 + n
+SIGINT = 2
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done; the message is one line that names the mend."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What a command line says.
+
+    Attributes:
+        config: the resolved settings, locked.
+        workdir: the run folder; it may not exist yet.
+    """
+
+    config: ConfigDict
+    workdir: Path
+
+
+def main(run: Callable[[ConfigDict, Path], Any], usage: str, argv: Sequence[str]) -> int:
+    """Runs one experiment from a command line.
+
+    Args:
+        run: does the work, given the resolved config and the run folder.
+        usage: what `--help` prints.
+        argv: the program's name and its arguments.
+
+    Returns:
+        The exit status: 0 done, 1 failed, 2 wrong usage, 128 + n ended by signal n.
+    """
+    if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
+        print(usage.strip())
+        return 0
+    _log_to_stderr()
+    try:
+        arguments = parse(argv)
+        run(arguments.config, arguments.workdir)
+    except (UsageError, WorkdirError, CheckpointError) as error:
+        return _fail(error, WRONG_USAGE)
+    except NonFiniteLossError as error:
+        return _fail(error, FAILED)
+    except Interrupted as error:
+        return _fail(error, SIGNAL_BASE + error.signal_number)
+    except KeyboardInterrupt:
+        return _fail("interrupted: run the same command again to go on", SIGNAL_BASE + SIGINT)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Reads `--config`, its overrides and `--workdir`.
+
+    Args:
+        argv: the program's name and its arguments.
+
+    Raises:
+        UsageError: anything is wrong with them.
+    """
+    spec = _config_spec(argv)
+    if spec is None:
+        raise UsageError(f"give --config=configs/NAME.py; {_known_configs(Path('configs'))}")
+    config = _load_config(spec)
+    _check_override_names(argv, config)
+
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=list(argv))
+    flags.DEFINE_string("workdir", None, "the run folder", flag_values=values)
+    try:
+        positional = values(list(argv))[1:]
+    except flags.IllegalFlagValueError as error:
+        raise UsageError(f"{error}; {_expected_type(error, config)}") from error
+    except (flags.Error, TypeError) as error:
+        raise UsageError(f"{error}; see --help") from error
+    if positional:
+        raise UsageError(f"{positional[0]!r} is not a flag: write --config.NAME=VALUE; see --help")
+    if not values.workdir:
+        raise UsageError("give --workdir=DIR, the folder the run is written to")
+    return Arguments(config=values.config, workdir=Path(values.workdir))
+
+
+@contextlib.contextmanager
+def setup_errors() -> Iterator[None]:
+    """Turns errors in what a config asks for into `UsageError`.
+
+    For the part of a main that builds things from the config, before anything is written.
+    """
+    try:
+        yield
+    except (DataError, ValueError, FileNotFoundError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _config_spec(argv: Sequence[str]) -> str | None:
+    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+        if match := re.fullmatch(r"--?config=(.*)", argument):
+            return match[1]
+        if argument in ("-config", "--config"):
+            return following
+    return None
+
+
+def _load_config(spec: str) -> ConfigDict:
+    path = Path(spec.partition(":")[0])
+    if not path.is_file():
+        raise UsageError(f"config file {path} does not exist; {_known_configs(path.parent)}")
+    try:
+        config = ConfigFileFlagParser("config").parse(spec)
+    except (TypeError, ValueError) as error:
+        # The parser wraps the config's own error in a traceback.
+        raise UsageError(f"{spec}: {error.__context__ or error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UsageError(f"{spec}: get_config must return a ml_collections.ConfigDict")
+    return config
+
+
+def _known_configs(folder: Path) -> str:
+    names = sorted(str(path) for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    return f"there are {', '.join(names)}" if names else f"there is no config in {folder}/"
+
+
+def _check_override_names(argv: Sequence[str], config: ConfigDict) -> None:
+    known = list(_keys(config))
+    for argument in argv[1:]:
+        match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+        if match is None or match[1] in known:
+            continue
+        nearest = difflib.get_close_matches(match[1], known, n=1, cutoff=0.0)[0]
+        raise UsageError(
+            f"unknown config key {match[1]!r}: did you mean --config.{nearest}? "
+            "(the config file lists them all)"
+        )
+
+
+def _expected_type(error: flags.IllegalFlagValueError, config: ConfigDict) -> str:
+    match = re.search(r"--config\.([^=]+)=", str(error))
+    if match is None:
+        return "see --help"
+    return f"give {config_path.get_type(match[1], config).__name__}"
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def _fail(error: Exception | str, status: int) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def _log_to_stderr() -> None:
+    """Shows this project's progress and other libraries' warnings."""
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in ("qat_jax", "experiments"):
+        project_logger = logging.getLogger(name)
+        project_logger.handlers = [handler]
+        project_logger.setLevel(logging.INFO)
+        project_logger.propagate = False

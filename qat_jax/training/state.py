@@ -1,0 +1,86 @@
+"""The training state as a pytree of plain arrays, made from and put back into a Flax NNX model.
+
+The loop carries arrays only; the model's static structure (its graph definitions for training and
+for evaluation) is closed over by the steps.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that changes during training.
+
+    Attributes:
+        step: int32 [], the number of optimiser updates made so far.
+        params: nested dict of arrays, the model's `nnx.Param` values.
+        model_state: nested dict of arrays, every other variable (batch statistics, RNG counts).
+        opt_state: the optimiser's state.
+    """
+
+    step: jax.Array
+    params: PyTree
+    model_state: PyTree
+    opt_state: PyTree
+
+
+class GraphDefs(NamedTuple):
+    """The static structure of one model in its two modes."""
+
+    train: nnx.GraphDef
+    evaluation: nnx.GraphDef
+
+
+def split_model(model: nnx.Module) -> tuple[GraphDefs, PyTree, PyTree]:
+    """Takes a model apart into its structure and its arrays.
+
+    The model is left in training mode (`model.train()`).
+
+    Returns:
+        The graph definitions, the parameters and the rest of the state; the latter two as nested
+        dicts of arrays.
+    """
+    model.eval()
+    evaluation = nnx.graphdef(model)
+    model.train()
+    graphdefs = GraphDefs(train=nnx.graphdef(model), evaluation=evaluation)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    model_state = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+    return graphdefs, params, model_state
+
+
+def create_state(
+    model: nnx.Module, optimizer: optax.GradientTransformation
+) -> tuple[GraphDefs, TrainState]:
+    """Makes the state before the first step, with its own copy of the model's arrays.
+
+    The copy lets the training step donate its input without emptying `model`.
+    """
+    graphdefs, params, model_state = split_model(model)
+    params, model_state = jax.tree.map(jnp.copy, (params, model_state))
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        model_state=model_state,
+        opt_state=optimizer.init(params),
+    )
+    return graphdefs, state
+
+
+def restore_model(graphdefs: GraphDefs, state: TrainState) -> nnx.Module:
+    """Puts the arrays of `state` back into a model, in evaluation mode."""
+    return nnx.merge(graphdefs.evaluation, state.params, state.model_state)
+
+
+def count_parameters(params: PyTree) -> int:
+    """The number of scalars in `params`."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

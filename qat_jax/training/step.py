@@ -1,0 +1,164 @@
+"""The jitted training and evaluation steps of an image classifier.
+
+Images arrive as uint8 and are normalised on the device; the training step gives its input state's
+memory to its output state.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from qat_jax.training.state import GraphDefs, TrainState
+
+Batch = Mapping[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+EvalStep = Callable[[TrainState, Batch], dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """Per-channel statistics of images in [0, 1].
+
+    Attributes:
+        mean: one float a channel.
+        std: one float a channel.
+
+    Raises:
+        ValueError: one of them is not a tuple of numbers.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            values = getattr(self, field.name)
+            if not all(isinstance(value, int | float) for value in values):
+                raise ValueError(f"{field.name} is {values}: give one number a channel")
+
+    def __call__(self, image: jax.Array) -> jax.Array:
+        """(image / 255 - mean) / std: uint8 [B, H, W, C] to float32 of the same shape."""
+        scaled = image.astype(jnp.float32) / 255
+        return (scaled - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+
+
+def cross_entropy(logits: jax.Array, label: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+    """Softmax cross-entropy of each example, in nats.
+
+    Args:
+        logits: float [B, classes]; computed in float32.
+        label: int [B].
+        label_smoothing: the share of probability spread over all classes.
+
+    Returns:
+        float32 [B].
+    """
+    target = jax.nn.one_hot(label, logits.shape[-1], dtype=jnp.float32)
+    target = optax.smooth_labels(target, label_smoothing)
+    return optax.softmax_cross_entropy(logits.astype(jnp.float32), target)
+
+
+def make_train_step(
+    graphdefs: GraphDefs,
+    optimizer: optax.GradientTransformation,
+    *,
+    normalise: Callable[[jax.Array], jax.Array],
+    schedule: optax.Schedule,
+    label_smoothing: float = 0.0,
+    collect: type[nnx.Variable] | None = None,
+    summarise: Callable[[nnx.State], Any] = nnx.to_pure_dict,
+    replicated: jax.sharding.Sharding | None = None,
+) -> TrainStep:
+    """One optimiser update as a jitted function that donates its input state.
+
+    Args:
+        graphdefs: the model's structure; the model maps [B, H, W, C] to logits [B, classes].
+        optimizer: the transformation whose state is in the `TrainState`.
+        normalise: uint8 images to what the model expects.
+        schedule: the learning rate by step, for the metrics.
+        label_smoothing: see `cross_entropy`.
+        collect: what the forward pass sows under this variable type (see `nnx.capture`) is
+            returned as metrics["diagnostics"]; None sows nothing.
+        summarise: makes a tree of scalars of what was sown.
+        replicated: the sharding of state and metrics; None leaves it to the compiler.
+
+    Returns:
+        step(state, {"image": uint8 [B, H, W, C], "label": int32 [B]}) -> (state, metrics), metrics
+        being float32 scalars `loss`, `accuracy`, `grad_norm`, `learning_rate`, and `diagnostics`
+        if there is something to collect.
+    """
+
+    def loss_fn(
+        params: Any, model_state: Any, batch: Batch
+    ) -> tuple[jax.Array, tuple[jax.Array, Any, Any]]:
+        model = nnx.merge(graphdefs.train, params, model_state)
+        image = normalise(batch["image"])
+        if collect is None:
+            logits, sown = _apply(model, image), {}
+        else:
+            logits, captured = nnx.capture(model, collect)(image)
+            sown = {"diagnostics": summarise(captured)}
+        loss = cross_entropy(logits, batch["label"], label_smoothing).mean()
+        new_model_state = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+        return loss, (logits, new_model_state, sown)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        (loss, (logits, model_state, sown)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, state.model_state, batch
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {
+            "loss": loss,
+            "accuracy": jnp.mean(logits.argmax(-1) == batch["label"]),
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            **sown,
+        }
+        new_state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            model_state=model_state,
+            opt_state=opt_state,
+        )
+        return new_state, metrics
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=replicated)
+
+
+def make_eval_step(
+    graphdefs: GraphDefs,
+    *,
+    normalise: Callable[[jax.Array], jax.Array],
+    replicated: jax.sharding.Sharding | None = None,
+) -> EvalStep:
+    """Sums over one evaluation batch, in which padding counts for nothing.
+
+    Returns:
+        step(state, {"image", "label", "mask": bool [B]}) -> {"loss": float32 [], "correct": int32
+        [], "count": int32 []}, each a sum over the examples whose mask is True.
+    """
+
+    def eval_step(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+        model = nnx.merge(graphdefs.evaluation, state.params, state.model_state)
+        logits = _apply(model, normalise(batch["image"]))
+        mask = batch["mask"]
+        # `where`, not a product: what a padded example gives may be NaN.
+        loss = jnp.where(mask, cross_entropy(logits, batch["label"]), 0.0)
+        correct = mask & (logits.argmax(-1) == batch["label"])
+        return {
+            "loss": loss.sum(),
+            "correct": correct.sum(dtype=jnp.int32),
+            "count": mask.sum(dtype=jnp.int32),
+        }
+
+    return jax.jit(eval_step, out_shardings=replicated)
+
+
+def _apply(model: Any, image: jax.Array) -> jax.Array:
+    """A forward pass in which nothing is sown: what is sown would become part of the state."""
+    return nnx.capture(model)(image)

@@ -1,0 +1,261 @@
+"""The folder of one run: config.json, metrics.jsonl, TensorBoard events, checkpoints, result.json.
+
+result.json is written last and atomically: a folder that has it is a finished run.
+"""
+
+import enum
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+PACKAGES = ("qat_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class WorkdirError(ValueError):
+    """A run folder cannot be used; the message says why and what to do."""
+
+
+class Status(enum.Enum):
+    """What a run folder holds."""
+
+    NEW = "new"
+    UNFINISHED = "unfinished"
+    FINISHED = "finished"
+
+
+class Workdir:
+    """The paths of a run folder and what may be done with it.
+
+    Making one touches nothing on the disk.
+
+    Args:
+        path: the folder; `begin` makes it.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config_path = self.path / "config.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.result_path = self.path / "result.json"
+        self.checkpoints_path = self.path / "checkpoints"
+
+    def status(self, config: Mapping[str, Any]) -> Status:
+        """Says how far the folder's run has come.
+
+        Args:
+            config: the resolved settings of the run about to start.
+
+        Raises:
+            WorkdirError: the folder is a file, holds something else, or a run of other settings.
+        """
+        if not self.path.exists():
+            return Status.NEW
+        if not self.path.is_dir():
+            raise WorkdirError(f"{self.path} is a file: choose another --workdir")
+        if not self.config_path.exists():
+            if any(self.path.iterdir()):
+                raise WorkdirError(
+                    f"{self.path} holds files but no run: choose a new or empty --workdir"
+                )
+            return Status.NEW
+        difference = _first_difference(_read_json(self.config_path), _as_json(config))
+        if difference:
+            raise WorkdirError(
+                f"{self.path} holds a run of other settings ({difference}): "
+                "choose another --workdir or remove the folder"
+            )
+        return Status.FINISHED if self.result_path.exists() else Status.UNFINISHED
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Makes the folder and writes config.json."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write_json(self.config_path, _as_json(config))
+
+    def finish(
+        self, config: Mapping[str, Any], metrics: Mapping[str, Any], *, wall_seconds: float
+    ) -> dict[str, Any]:
+        """Writes result.json, which makes the run a finished one, and returns its content.
+
+        Args:
+            config: the resolved settings, with "experiment" and "seed" among them.
+            metrics: what was measured; JSON values.
+            wall_seconds: time of the whole run, in seconds.
+        """
+        result = {
+            "experiment": config["experiment"],
+            "config": _as_json(config),
+            "command": shlex.join(["python", *sys.orig_argv[1:]]),
+            "git_commit": git_commit(),
+            "versions": versions(),
+            "device": device(),
+            "seed": config["seed"],
+            "wall_seconds": round(wall_seconds, 3),
+            "metrics": dict(metrics),
+        }
+        _write_json(self.result_path, result)
+        return result
+
+    def result(self) -> dict[str, Any]:
+        """The content of result.json."""
+        return _read_json(self.result_path)
+
+
+class MetricWriter:
+    """Appends metrics to metrics.jsonl and to TensorBoard event files.
+
+    Args:
+        workdir: the run folder, begun.
+        step: the step the run goes on from, or None for a new start; what the files hold of later
+            steps is dropped, so that no step appears twice.
+    """
+
+    def __init__(self, workdir: Workdir, step: int | None):
+        drop_lines_after(workdir.metrics_path, -1 if step is None else step)
+        self._file = workdir.metrics_path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(workdir.path), purge_step=0 if step is None else step + 1)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self._events.close()
+
+    def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
+        """Writes one line and flushes it.
+
+        Args:
+            step: optimiser updates made so far.
+            split: "train", "test", ….
+            metrics: a tree of scalars; nested names are joined by "/".
+        """
+        values = flatten(metrics)
+        line = {"step": step, "split": split, **values}
+        self._file.write(json.dumps(_as_json(line)) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(f"{split}/{name}", value, step)
+
+
+def flatten(metrics: Mapping[str, Any]) -> dict[str, float | int]:
+    """One Python number a leaf, under the "/"-joined path of its keys.
+
+    Example:
+        >>> flatten({"loss": np.float32(0.5), "diagnostics": {"conv1": {"sqnr": 20}}})
+        {'diagnostics/conv1/sqnr': 20, 'loss': 0.5}
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(dict(metrics))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf).item()
+        for path, leaf in leaves
+    }
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Keeps the lines of a metrics file up to `step`; a line cut short by a crash goes too."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_kept(line, step)]
+    _write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _is_kept(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except json.JSONDecodeError:
+        return False
+
+
+def git_commit() -> str | None:
+    """The commit of the working tree this package is in, with "-dirty" where files have changed.
+
+    None outside a git working tree.
+    """
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        # An installed copy inside somebody else's repository is not of that commit.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}-dirty" if changed else commit
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide a result."""
+    return {"python": platform.python_version()} | {
+        package: importlib.metadata.version(package) for package in PACKAGES
+    }
+
+
+def device() -> dict[str, Any]:
+    """Kind and number of the accelerators (or the CPU) that JAX uses."""
+    devices = jax.devices()
+    return {
+        "platform": devices[0].platform,
+        "kind": devices[0].device_kind,
+        "count": len(devices),
+    }
+
+
+def _as_json(value: Any) -> Any:
+    """`value` as JSON gives it back: tuples become lists, NaN and infinity become strings."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    _write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Writes a file that is either whole or not there."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _first_difference(there: Any, here: Any, name: str = "") -> str | None:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted(there.keys() | here.keys()):
+            path = f"{name}.{key}" if name else key
+            if difference := _first_difference(there.get(key), here.get(key), path):
+                return difference
+        return None
+    return None if there == here else f"{name} is {there!r} there and {here!r} here"

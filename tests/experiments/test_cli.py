@@ -1,0 +1,100 @@
+import pytest
+
+from experiments import cli
+from qat_jax.training.checkpoint import CheckpointError
+from qat_jax.training.loop import Interrupted, NonFiniteLossError
+from qat_jax.training.workdir import WorkdirError
+
+CONFIG = "--config=configs/digits.py"
+
+
+def argv(*arguments):
+    return ["train", *arguments]
+
+
+def test_flags_override_the_config():
+    arguments = cli.parse(
+        argv(
+            f"{CONFIG}:bits=4,clipping=max",
+            "--workdir=runs/x",
+            "--config.optimizer.learning_rate=0.25",
+            "--config.optimizer.nesterov",
+            "--config.model.pretrained=a.safetensors",
+            "--config.batch_size",
+            "16",
+        )
+    )
+    config = arguments.config
+    assert str(arguments.workdir) == "runs/x"
+    assert config.quant.weight_bits == config.quant.activation_bits == 4
+    assert config.quant.clipping == "max"
+    assert config.optimizer.learning_rate == 0.25
+    assert config.optimizer.nesterov is True
+    assert config.model.pretrained == "a.safetensors"
+    assert config.batch_size == 16
+    assert config.is_locked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --config=configs/NAME.py; there are configs/cifar10_resnet20.py, configs/dig"),
+        ([CONFIG], "give --workdir=DIR"),
+        ([CONFIG, "--workdri=x"], "'workdri'. Did you mean: workdir"),
+        ([CONFIG, "--workdir=x", "seed=1"], "'seed=1' is not a flag"),
+        (["--config=configs/digit.py", "--workdir=x"], "configs/digit.py does not exist; there"),
+        (["--config=nowhere/a.py", "--workdir=x"], "there is no config in nowhere/"),
+        ([f"{CONFIG}:bit=4", "--workdir=x"], "cannot read 'bit=4': give 'float' or some of bits=4"),
+        ([f"{CONFIG}:bits=x", "--workdir=x"], "bits=x is not a whole number"),
+        (
+            [CONFIG, "--workdir=x", "--config.optimizer.learning_rat=1"],
+            "did you mean --config.optimizer.learning_rate?",
+        ),
+        ([CONFIG, "--workdir=x", "--config.optimiser.momentum=1"], "--config.optimizer.momentum?"),
+        ([CONFIG, "--workdir=x", "--config.batch_size=ten"], "--config.batch_size=ten: "),
+        ([CONFIG, "--workdir=x", "--config.batch_size=ten"], "give int"),
+        (["--config.seed=1", CONFIG, "--workdir=x"], "before a value for --config"),
+    ],
+)
+def test_wrong_usage_ends_in_one_line_before_anything_runs(arguments, message, capsys):
+    def run(config, workdir):
+        raise AssertionError("started")
+
+    assert cli.main(run, "usage", argv(*arguments)) == cli.WRONG_USAGE
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert written.err.startswith("error: ")
+    assert written.err.count("\n") == 1
+    assert message in written.err
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (cli.UsageError("no\nsuch"), 2),
+        (WorkdirError("other"), 2),
+        (CheckpointError("foreign"), 2),
+        (NonFiniteLossError("nan"), 1),
+        (Interrupted(15, 3), 143),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_expected_failures_are_one_line_and_a_status(error, status, capsys):
+    def run(config, workdir):
+        raise error
+
+    assert cli.main(run, "usage", argv(CONFIG, "--workdir=x")) == status
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback():
+    def run(config, workdir):
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError, match="a bug"):
+        cli.main(run, "usage", argv(CONFIG, "--workdir=x"))
+
+
+def test_help_teaches_and_does_nothing(capsys):
+    assert cli.main(lambda config, workdir: 1 / 0, "\nhow to use it\n", argv("--help")) == 0
+    assert capsys.readouterr().out == "how to use it\n"

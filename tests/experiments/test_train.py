@@ -1,0 +1,172 @@
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import build, cli, train
+
+FOUR_BITS = ["--config.quant.weight_bits=4", "--config.quant.activation_bits=4"]
+SMALL = [
+    "--config.model.width=4",
+    "--config.batch_size=64",
+    "--config.total_epochs=3",
+    "--config.eval_every_epochs=1",
+    "--config.checkpoint_every_epochs=0.5",
+    "--config.log_every_steps=1",
+]
+
+
+def command(workdir, *changes, config="configs/digits.py"):
+    return ["train", f"--config={config}", f"--workdir={workdir}", *SMALL, *changes]
+
+
+def main(*arguments, **settings):
+    return cli.main(train.run, train.__doc__, command(*arguments, **settings))
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def contents(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(workdir) == 0
+    return workdir
+
+
+def test_a_run_learns_digits_and_leaves_its_record(finished):
+    result = json.loads((finished / "result.json").read_text())
+    assert result["metrics"]["test_count"] == 360
+    assert result["metrics"]["test_accuracy"] > 0.6
+    assert result["metrics"]["steps"] == 3 * (1437 // 64)
+    assert result["config"] == json.loads((finished / "config.json").read_text())
+    tested = [line for line in lines(finished) if line["split"] == "test"]
+    assert tested[0]["step"] == 0
+    assert tested[-1]["accuracy"] == result["metrics"]["test_accuracy"]
+    assert list(finished.glob("events.*"))
+
+
+def test_a_finished_run_is_not_repeated(finished, capsys):
+    before = contents(finished)
+    assert main(finished) == 0
+    assert "is finished, nothing to do" in capsys.readouterr().err
+    assert contents(finished) == before
+
+
+def test_another_config_is_refused(finished, capsys):
+    before = contents(finished)
+    assert main(finished, "--config.seed=1") == cli.WRONG_USAGE
+    assert "seed is 0 there and 1 here" in capsys.readouterr().err
+    assert contents(finished) == before
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(finished, tmp_path):
+    workdir = tmp_path / "killed"
+    arguments = [sys.executable, "-m", "experiments.train", *command(workdir)[1:]]
+    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (workdir / "checkpoints" / "22").exists():
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (workdir / "result.json").exists()
+
+    assert main(workdir) == 0
+    assert lines(workdir) == lines(finished)
+
+
+def test_weights_and_activations_are_quantised_on_request(tmp_path):
+    status = main(
+        tmp_path / "w2",
+        "--config.total_epochs=0.1",
+        "--config.quant.diagnostics",
+        config="configs/digits.py:bits=2,clipping=max,gradient=ste",
+    )
+    assert status == 0
+    first = next(line for line in lines(tmp_path / "w2") if line["split"] == "train")
+    # Scaled by the maximum, nothing is clipped and two bits leave few decibels.
+    assert first["diagnostics/layer2/0/conv1/weights/clipped_fraction"] == 0
+    assert first["diagnostics/layer2/0/conv1/weights/threshold_over_max"] == 1
+    assert 0 < first["diagnostics/layer2/0/conv1/weights/sqnr_db"] < 12
+    assert first["diagnostics/conv1/weights/sqnr_db"] > 30
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--config.dataset.data_dir=/nowhere", "--config.dataset.name=cifar10_local"], "/nowhere"),
+        (["--config.dataset.test_split=tset"], "no split 'tset'"),
+        (["--config.dataset.augment=flip"], "choose one of none, crop_flip"),
+        (["--config.dataset.mean=(0.5, 0.5)"], "dataset.mean needs one number for each"),
+        (["--config.dataset.mean=abc"], "give one number a channel"),
+        (["--config.model.in_channels=3"], "pass --config.model.in_channels=1"),
+        (["--config.model.depth=9"], "depth is 9"),
+        (["--config.model.pretrained=no.safetensors"], "no.safetensors does not exist"),
+        ([*FOUR_BITS, "--config.quant.clipping=maxx"], "give one of octav, max"),
+        ([*FOUR_BITS, "--config.quant.gradient=mat"], "there are ste, pwl, mad"),
+        (["--config.quant.weight_bits=1"], "2 to 8 or 16 bits"),
+        (["--config.optimizer.name=adam"], "choose sgd or adamw"),
+        (["--config.schedule.name=cosin"], "choose constant, cosine or step"),
+        (["--config.total_epochs=0"], "the run has no step"),
+        (["--config.log_every_steps=0"], "log_every must be at least 1"),
+        (["--config.batch_size=0"], "batch_size"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, capsys, changes, message):
+    workdir = tmp_path / "run"
+    assert main(workdir, *changes) == cli.WRONG_USAGE
+    written = capsys.readouterr().err
+    assert message in written
+    assert written.count("\n") == 1
+    assert not workdir.exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    os.symlink(finished / "checkpoints", workdir / "checkpoints")
+    config = json.loads((finished / "config.json").read_text())
+    config["model"]["width"] = 5
+    (workdir / "config.json").write_text(json.dumps(config))
+    before = contents(workdir)
+    assert main(workdir, "--config.model.width=5") == cli.WRONG_USAGE
+    assert "is of another model" in capsys.readouterr().err
+    assert contents(workdir) == before
+
+
+def test_a_diverging_run_says_so(tmp_path, capsys):
+    assert main(tmp_path / "run", "--config.optimizer.learning_rate=1e30") == cli.FAILED
+    assert "lower optimizer.learning_rate" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10_resnet20"])
+def test_configs_are_complete(name):
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config("bits=3,gradient=mad")
+    assert config.quant.to_dict() == {
+        "weight_bits": 3,
+        "activation_bits": 3,
+        "clipping": "octav",
+        "gradient": "mad",
+        "narrow": False,
+        "edge_clipping": "octav",
+        "diagnostics": False,
+    }
+    assert module.get_config("float") == module.get_config()
+    assert module.get_config().quant.weight_bits == build.FLOAT_BITS
+    train.make_plan(config, steps_per_epoch=100)

@@ -1,0 +1,101 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qat_jax import Int, Quantizer, fake_quant
+
+X = jnp.array([-8.0, -2.0, -0.7, -1e-30, 0.0, 0.3, 1.0, 1.0001, 5.0, 1e30])
+S = 1.0
+INT4 = Int(4)
+
+
+def gradient(rule, format=INT4, x=X, s=S, g=None):
+    g = jnp.ones_like(x) if g is None else g
+    quantizer = Quantizer(format, gradient=rule)
+    _, pullback = jax.vjp(lambda x: fake_quant(x, quantizer, threshold=s), x)
+    return np.asarray(pullback(g)[0])
+
+
+def test_ste_is_one_everywhere():
+    np.testing.assert_array_equal(gradient("ste"), np.ones(len(X)))
+
+
+def test_pwl_is_one_inside_and_zero_outside():
+    np.testing.assert_array_equal(gradient("pwl"), np.abs(X) <= S)
+
+
+def test_mad_is_the_threshold_over_the_magnitude_outside():
+    a = np.abs(np.asarray(X))
+    np.testing.assert_allclose(gradient("mad"), S / np.maximum(a, S), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_mad_attenuates_by_the_threshold_not_by_the_step(bits):
+    """At x = 2s the slope is 1/2 at every bit width; the step would make it 2**(1-B) / 2."""
+    slope = gradient("mad", Int(bits), x=jnp.array([2 * S]))
+    np.testing.assert_allclose(slope, [0.5], rtol=1e-6)
+
+
+def test_mad_is_the_derivative_of_scaling_by_a_constant():
+    """clip(x) = α x with α held constant, as the paper derives it, left to JAX to differentiate."""
+
+    def scaled(x):
+        return jax.lax.stop_gradient(jnp.clip(x, -S, S) / x) * x
+
+    x = X[X != 0]
+    np.testing.assert_allclose(gradient("mad", x=x), jax.grad(lambda x: scaled(x).sum())(x))
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [("ste", [1, 1, 1, 1]), ("pwl", [0, 1, 1, 0]), ("mad", [0, 1, 1, 0.5])],
+)
+def test_on_unsigned_grids_negative_numbers_are_clipped_to_zero(rule, expected):
+    x = jnp.array([-3.0, 0.0, 0.4, 2.0])
+    np.testing.assert_allclose(gradient(rule, Int(4, signed=False), x), expected)
+
+
+@pytest.mark.parametrize("rule", ["ste", "pwl", "mad"])
+def test_the_incoming_gradient_is_multiplied(rule):
+    g = jnp.arange(len(X), dtype=jnp.float32) - 3
+    np.testing.assert_allclose(gradient(rule, g=g), gradient(rule) * g, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["ste", "pwl", "mad"])
+def test_groups_of_zeros_have_finite_gradients(rule):
+    np.testing.assert_array_equal(gradient(rule, x=jnp.zeros(5), s=0.0), np.ones(5))
+    found = jax.grad(lambda x: Quantizer(Int(4), gradient=rule)(x).sum())(jnp.zeros((3, 3)))
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("rule", ["ste", "pwl", "mad"])
+def test_dtypes_are_kept(dtype, rule):
+    x = jnp.array([0.5, 3.0], dtype)
+    found = jax.grad(lambda x: fake_quant(x, Quantizer(Int(4), gradient=rule), threshold=1.0).sum())
+    assert found(x).dtype == dtype
+
+
+def test_residuals_are_the_array_and_its_threshold():
+    """No mask is saved: only x and s, here of one element."""
+    x = jnp.ones((64, 64))
+    quantizer = Quantizer(Int(4), gradient="mad")
+    _, pullback = jax.vjp(quantizer, x)
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(pullback) if hasattr(leaf, "size"))
+    assert sizes == [1, 64 * 64]
+
+
+def test_no_gradient_reaches_the_threshold():
+    quantizer = Quantizer(Int(4), gradient="mad")
+    found = jax.grad(lambda s: fake_quant(X, quantizer, threshold=s).sum())(jnp.float32(S))
+    assert found == 0
+
+
+def test_rules_of_ones_own():
+    def half(x, lower, upper, g):
+        return g * 0.5
+
+    np.testing.assert_array_equal(gradient(half), np.full(len(X), 0.5))
+    with pytest.raises(ValueError, match="there are ste, pwl, mad"):
+        Quantizer(Int(4), gradient="pvl")

@@ -1,0 +1,119 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import qat_jax as qj
+from qat_jax import linen as qlinen
+
+W4 = qj.Quantizer(qj.Int(4), qj.PerChannel(), qj.Octav(), "mad")
+A4 = qj.Quantizer(qj.Int(4, signed=None), qj.PerTensor(), qj.Octav(), "pwl")
+EVERYWHERE = qj.Policy([qj.Rule(".*", weights=W4, activations=A4)])
+KEY = jax.random.key(0)
+
+
+class LinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), name="stem")(x))
+        x = nn.relu(nn.Conv(8, (3, 3), feature_group_count=8, name="depthwise")(x))
+        x = nn.relu(nn.ConvTranspose(8, (2, 2), strides=(2, 2), name="up")(x))
+        x = x.reshape(x.shape[0], -1, 8)
+        x = nn.MultiHeadDotProductAttention(2, name="attention")(x)
+        x = nn.DenseGeneral((2, 3), name="split")(x.mean(1))
+        return nn.Dense(5, name="head")(x.reshape(x.shape[0], -1))
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(1, 8, (3, 3), rngs=rngs)
+        self.depthwise = nnx.Conv(8, 8, (3, 3), feature_group_count=8, rngs=rngs)
+        self.up = nnx.ConvTranspose(8, 8, (2, 2), strides=(2, 2), rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.split = nnx.LinearGeneral(8, (2, 3), rngs=rngs)
+        self.head = nnx.Linear(6, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.stem(x))
+        x = nnx.relu(self.depthwise(x))
+        x = nnx.relu(self.up(x))
+        x = self.attention(x.reshape(x.shape[0], -1, 8))
+        return self.head(self.split(x.mean(1)).reshape(x.shape[0], -1))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A Linen model and an NNX model of equal weights, and a batch."""
+    x = jax.random.normal(KEY, (3, 6, 6, 1))
+    variables = LinenNet().init(jax.random.key(1), x)
+    model = NnxNet(nnx.Rngs(0))
+    nnx.update(model, nnx.State(variables["params"]))
+    return variables, model, x
+
+
+@pytest.mark.parametrize("policy", [EVERYWHERE, "octav-w4a4", "max-w3a8"])
+def test_linen_and_nnx_agree(pair, policy):
+    variables, model, x = pair
+    np.testing.assert_allclose(LinenNet().apply(variables, x), model(x), rtol=1e-5, atol=1e-5)
+    quantized = qlinen.quantize_model(LinenNet(), policy, x)
+    y = quantized.apply(variables, x)
+    np.testing.assert_allclose(y, qj.quantize_model(model, policy)(x), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(y, model(x), atol=1e-3)
+    assert str(quantized.report).splitlines()[0].split() == [
+        "layer",
+        "type",
+        "weights",
+        "activations",
+    ]
+    ours = {layer.path: (layer.weights, layer.activations) for layer in quantized.report.layers}
+    theirs = qj.report(qj.quantize_model(model, policy)).layers
+    assert ours == {layer.path: (layer.weights, layer.activations) for layer in theirs}
+
+
+def test_gradients_agree_inside_jit(pair):
+    variables, model, x = pair
+    quantized = qlinen.quantize_model(LinenNet(), EVERYWHERE, x)
+    ours = jax.jit(jax.grad(lambda v: jnp.sum(quantized.apply(v, x) ** 2)))(variables)
+    graphdef, params = nnx.split(qj.quantize_model(model, EVERYWHERE), nnx.Param)
+    theirs = jax.jit(jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(x) ** 2)))(params)
+    theirs = nnx.to_pure_dict(theirs)
+    for name in ("stem", "depthwise", "up", "split", "head"):
+        np.testing.assert_allclose(
+            ours["params"][name]["kernel"], theirs[name]["kernel"], rtol=1e-3, atol=1e-4
+        )
+
+
+def test_diagnostics_on_request(pair):
+    variables, _, x = pair
+    quantized = qlinen.quantize_model(LinenNet(), EVERYWHERE, x)
+    y, collected = quantized.apply(variables, x, mutable=["diagnostics"])
+    np.testing.assert_allclose(y, quantized.apply(variables, x), rtol=1e-5, atol=1e-6)
+    found = collected["diagnostics"]
+    assert set(found["attention"]) >= {"query_operand", "attention_weights_operand", "query"}
+    assert found["stem"]["weights"][0].sqnr_db > 10
+
+
+def test_the_model_given_is_untouched(pair):
+    variables, model, x = pair
+    net = LinenNet()
+    quantized = qlinen.quantize_model(net, EVERYWHERE, x)
+    quantized.apply(variables, x)
+    np.testing.assert_allclose(net.apply(variables, x), model(x), rtol=1e-5, atol=1e-5)
+    names = jax.tree.map(jnp.shape, quantized.init(jax.random.key(1), x))
+    assert names == jax.tree.map(jnp.shape, variables)
+
+
+def test_einsum_layers():
+    net = nn.Einsum((3, 6, 5), "nta,hab->nthb", use_bias=False)
+    x = jax.random.normal(KEY, (2, 4, 6))
+    variables = net.init(KEY, x)
+    y = qlinen.quantize_model(net, EVERYWHERE, x).apply(variables, x)
+    kernel = qj.fake_quant(variables["params"]["kernel"], W4, channel_axis=(0, 2))
+    np.testing.assert_allclose(y, jnp.einsum("nta,hab->nthb", A4(x), kernel), rtol=1e-5, atol=1e-5)
+
+
+def test_a_rule_that_matches_nothing_lists_the_paths(pair):
+    with pytest.raises(ValueError, match=r"'conv1' matches no layer.*stem, depthwise, up"):
+        qlinen.quantize_model(LinenNet(), qj.Policy([qj.Rule("conv1", W4)]), pair[2])

@@ -1,0 +1,63 @@
+import pytest
+
+from qat_jax import AbsMax, Int, Octav, PerChannel, PerTensor, Policy, Quantizer, Rule
+from qat_jax.policy import preset, uniform_policy
+
+PATHS = ["stem", "blocks/0/conv", "blocks/1/conv", "head"]
+W8, W4 = Quantizer(Int(8)), Quantizer(Int(4))
+
+
+def test_the_first_match_decides_and_patterns_match_whole_paths():
+    policy = Policy([Rule("stem", W8), Rule("blocks/.*", W4, W8)])
+    placed = policy.place(PATHS)
+    assert placed["stem"].weights == W8
+    assert placed["blocks/1/conv"].activations == W8
+    assert "head" not in placed
+
+
+def test_a_rule_that_matches_nothing_is_an_error_that_lists_the_paths():
+    with pytest.raises(ValueError, match=r"'conv' matches no layer.*stem, blocks/0/conv"):
+        Policy([Rule("conv", W8), Rule(".*", W4)]).place(PATHS)
+    with pytest.raises(ValueError, match="there are: none"):
+        Policy([Rule("a", W8)]).place([])
+
+
+def test_a_rule_behind_a_more_general_one_is_an_error():
+    with pytest.raises(ValueError, match="'stem' matches only layers that earlier rules decide"):
+        Policy([Rule(".*", W4), Rule("stem", W8)]).place(PATHS)
+    assert Policy([Rule("stem", W8), Rule(".*", W4)]).place(["stem"]) == {"stem": Rule("stem", W8)}
+
+
+def test_a_broken_pattern_is_an_error():
+    with pytest.raises(ValueError, match="'layer\\(' is not a regular expression"):
+        Rule("layer(")
+
+
+def test_the_recipe_of_the_paper():
+    policy = preset("octav-w4a3", first="stem", last="head")
+    placed = policy.place(PATHS)
+    assert placed["stem"].weights == Quantizer(Int(8), PerChannel(), Octav(), "mad")
+    assert placed["head"].weights == Quantizer(Int(8), PerTensor(), Octav(), "mad")
+    assert placed["head"].activations == Quantizer(Int(8, signed=None), PerTensor(), Octav(), "pwl")
+    middle = placed["blocks/0/conv"]
+    assert middle.weights == Quantizer(Int(4), PerChannel(), Octav(), "mad")
+    assert middle.activations == Quantizer(Int(3, signed=None), PerTensor(), Octav(), "pwl")
+
+
+def test_choices_of_the_uniform_policy():
+    policy = uniform_policy(2, 2, clipping=AbsMax(), gradient="ste", narrow=True, last="head")
+    assert len(policy.rules) == 2
+    assert policy.rules[-1].weights == Quantizer(Int(2, narrow=True), PerChannel(), AbsMax(), "ste")
+    mixed = uniform_policy(2, 2, edge_clipping=AbsMax(), edge_bits=6, first="stem")
+    assert mixed.rules[0].weights == Quantizer(Int(6), PerChannel(), AbsMax(), "mad")
+    assert preset("max-w8a8-pwl").rules[0].weights == Quantizer(
+        Int(8), PerChannel(), AbsMax(), "pwl"
+    )
+
+
+@pytest.mark.parametrize("name", ["octav", "octav-w4", "sweep-w4a4", "octav-w4a4-mpg"])
+def test_unknown_presets_teach_the_grammar(name):
+    with pytest.raises(ValueError, match="write octav-w4a4 or max-w4a4"):
+        preset(name)
+    with pytest.raises(ValueError, match="Int has 2 to 8 or 16 bits"):
+        preset("octav-w1a4")

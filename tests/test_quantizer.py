@@ -1,0 +1,191 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qat_jax import (
+    AbsMax,
+    Fixed,
+    Int,
+    Octav,
+    PerChannel,
+    PerTensor,
+    Quantizer,
+    dequantize,
+    fake_quant,
+    quantize,
+)
+
+FORMATS = [
+    Int(2),
+    Int(4, narrow=True),
+    Int(4, signed=False),
+    Int(8, signed=None),
+    Int(3, signed=None, narrow=True),
+    Int(16),
+]
+
+
+def reference(x, s, format):
+    """Round-to-nearest on the grid in float64, element by element as the definition reads."""
+    signed = bool((x < 0).any()) if format.signed is None else format.signed
+    highest = 2 ** (format.bits - signed) - 1
+    steps = highest if format.narrow else highest + 1
+    lowest = -steps if signed else 0
+    step = np.broadcast_to(np.asarray(s, np.float64) / steps, x.shape)
+    codes = np.rint(x / np.where(step > 0, step, 1)) * (step > 0)
+    return np.clip(codes, lowest, highest) * step, np.clip(codes, lowest, highest)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel()])
+@pytest.mark.parametrize("clipping", [Octav(), AbsMax(), Fixed(0.8)])
+def test_equals_the_definition(format, granularity, clipping):
+    x = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
+    x[:, 2] = 0
+    if format.signed is None:
+        x = np.abs(x)
+    quantizer = Quantizer(format, granularity, clipping)
+    with jax.enable_x64(True):  # so that ties fall alike
+        x = x.astype(np.float64)
+        s = quantizer.threshold(jnp.asarray(x), 1)
+        expected, codes = reference(x, s, format)
+        y = fake_quant(x, quantizer, channel_axis=1)
+        q = quantize(x, quantizer, channel_axis=1)
+    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(q.codes, codes)
+    if granularity == PerChannel():
+        assert (np.asarray(y)[:, 2] == 0).all()
+        assert q.scale.shape == (1, 6)
+
+
+numbers = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-39, 1e-38, 3e38, -1e30]),
+    st.floats(-8, 8, width=32),
+)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    data=st.data(),
+    shape=st.sampled_from([(), (1,), (7,), (3, 5), (2, 3, 3)]),
+    format=st.sampled_from(FORMATS),
+    clipping=st.sampled_from([Octav(), AbsMax(), Fixed(0.7), Fixed(0.0)]),
+    granularity=st.sampled_from([PerTensor(), PerChannel()]),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+)
+def test_dequantised_codes_are_the_fake_quantised_array(
+    data, shape, format, clipping, granularity, dtype
+):
+    """Bit for bit, whatever the input: zeros of either sign, denormals, huge outliers."""
+    size = int(np.prod(shape))
+    x = jnp.array(data.draw(st.lists(numbers, min_size=size, max_size=size))).reshape(shape)
+    x = jnp.clip(x, -6e4, 6e4).astype(dtype) if dtype == "float16" else x.astype(dtype)
+    axis = data.draw(st.sampled_from([(), *((a,) for a in range(len(shape)))]))
+    quantizer = Quantizer(format, granularity, clipping)
+    y = fake_quant(x, quantizer, channel_axis=axis)
+    q = quantize(x, quantizer, channel_axis=axis)
+    restored = dequantize(q)
+    assert restored.dtype == y.dtype == x.dtype
+    assert restored.shape == y.shape == q.shape == x.shape
+    bits = {4: np.uint32, 2: np.uint16}[y.dtype.itemsize]
+    np.testing.assert_array_equal(np.asarray(restored).view(bits), np.asarray(y).view(bits))
+    grid = format.grid(x)
+    assert (q.codes >= grid.low).all()
+    assert (q.codes <= grid.high).all()
+
+
+def test_equality_holds_inside_jit():
+    x = jax.random.normal(jax.random.key(0), (1000, 7)).astype(jnp.bfloat16)
+    for format in FORMATS:
+        quantizer = Quantizer(format, PerChannel())
+
+        @jax.jit
+        def both(x, quantizer=quantizer):
+            restored = dequantize(quantize(x, quantizer, channel_axis=1))
+            return restored, fake_quant(x, quantizer, channel_axis=1)
+
+        np.testing.assert_array_equal(*(np.asarray(y, np.float32) for y in both(x)))
+
+
+@pytest.mark.parametrize("clipping", [Octav(), AbsMax()])
+def test_not_a_number_and_infinity_poison_their_group(clipping):
+    x = jnp.array([[1.0, 2, 3], [jnp.nan, 2, 3], [1, -jnp.inf, 3], [0, 0, 0]])
+    quantizer = Quantizer(Int(4), PerChannel(), clipping)
+    y = fake_quant(x, quantizer, channel_axis=0)
+    assert np.isnan(y[1:3]).all()
+    assert np.isfinite(y[jnp.array([0, 3])]).all()
+    np.testing.assert_array_equal(dequantize(quantize(x, quantizer, channel_axis=0)), y)
+
+
+def test_fixed_thresholds_let_no_infinity_become_a_number():
+    x = jnp.array([[0.5, jnp.inf], [jnp.nan, -jnp.inf], [0.5, 9.0]])
+    quantizer = Quantizer(Int(4, narrow=True), PerChannel(), Fixed(1.0))
+    y = fake_quant(x, quantizer, channel_axis=0)
+    np.testing.assert_array_equal(np.isnan(y), ~np.isfinite(x))
+    restored = dequantize(quantize(x, quantizer, channel_axis=0))
+    assert np.isnan(restored[:2]).all()  # integers cannot tell which element it was
+    np.testing.assert_array_equal(restored[2], y[2])
+
+
+def test_quantising_twice_changes_nothing():
+    x = jax.random.normal(jax.random.key(0), (1000,))
+    for format in FORMATS:
+        quantizer = Quantizer(format, clipping=Fixed(1.3))
+        once = fake_quant(x, quantizer)
+        np.testing.assert_array_equal(fake_quant(once, quantizer), once)
+
+
+def test_max_scaling_on_a_narrow_grid_keeps_the_largest_element():
+    x = jax.random.normal(jax.random.key(0), (1000,))
+    y = fake_quant(x, Quantizer(Int(4, narrow=True), clipping=AbsMax()))
+    np.testing.assert_allclose(jnp.max(jnp.abs(y)), jnp.max(jnp.abs(x)), rtol=1e-6)
+    assert len(np.unique(y)) <= 15
+
+
+def test_given_thresholds_replace_the_search():
+    x = jax.random.normal(jax.random.key(0), (10, 3))
+    quantizer = Quantizer(Int(4), PerChannel())
+    s = quantizer.threshold(x, 1)
+    assert s.shape == (1, 3)
+    np.testing.assert_array_equal(
+        fake_quant(x, quantizer, channel_axis=1), fake_quant(x, quantizer, threshold=s)
+    )
+    q = quantize(x, quantizer, threshold=s[0])
+    assert q.scale.shape == (1, 3)
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        x = jnp.linspace(-1, 1, 11)
+        q = quantize(x, Quantizer(Int(8)))
+        assert q.scale.dtype == dequantize(q).dtype == jnp.float64
+        fine = fake_quant(x, Quantizer(Int(16, narrow=True), clipping=AbsMax()))
+        np.testing.assert_allclose(fine, x, atol=2**-16)
+
+
+def test_a_quantised_tensor_is_a_pytree():
+    q = quantize(jnp.ones((4, 2)), Quantizer(Int(4), PerChannel()), channel_axis=1)
+    leaves, structure = jax.tree.flatten(q)
+    assert [leaf.shape for leaf in leaves] == [(4, 2), (1, 2)]
+    again = jax.jit(lambda q: q)(q)
+    assert jax.tree.structure(again) == structure
+    np.testing.assert_array_equal(dequantize(again), dequantize(q))
+
+
+def test_quantisers_are_values():
+    a, b = (Quantizer(Int(4), PerChannel(), Octav(5), "pwl") for _ in range(2))
+    assert a == b
+    assert len({a, b}) == 1
+    assert jax.jit(fake_quant, static_argnums=1)(jnp.ones(3), Quantizer(Int(4))).shape == (3,)
+
+
+def test_wrong_input_is_refused():
+    with pytest.raises(ValueError, match="PerChannel needs channel_axis"):
+        fake_quant(jnp.ones((2, 2)), Quantizer(Int(4), PerChannel()))
+    with pytest.raises(TypeError, match="floating-point arrays, not int32"):
+        fake_quant(jnp.arange(3), Quantizer(Int(4)))
+    with pytest.raises(TypeError, match="floating-point arrays, not int32"):
+        fake_quant(jnp.arange(3), Quantizer(Int(4)), threshold=1.0)

@@ -1,0 +1,94 @@
+"""The quantisers inside JAX's transformations."""
+
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qat_jax import AbsMax, Int, Octav, PerChannel, PerTensor, Quantizer, fake_quant, octav
+
+QUANTIZERS = [
+    Quantizer(Int(4, signed=None), PerTensor(), Octav(), "mad"),
+    Quantizer(Int(4), PerChannel(), Octav(), "pwl"),
+    Quantizer(Int(4, narrow=True), PerTensor(), AbsMax(), "ste"),
+]
+X = jax.random.normal(jax.random.key(0), (4, 6, 5))
+
+
+def loss(x, quantizer):
+    y = fake_quant(x, quantizer, channel_axis=-1)
+    return jnp.sum(jnp.sin(y.astype(jnp.float32)) * 3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_jit_grad_vmap_scan_remat(quantizer, dtype):
+    x = X.astype(dtype)
+    expected = [jax.value_and_grad(loss)(row, quantizer) for row in x]
+    values = np.array([value for value, _ in expected], np.float32)
+    gradients = np.array([gradient.astype(jnp.float32) for _, gradient in expected])
+    tolerance = {"rtol": 1e-5 if dtype == jnp.float32 else 2e-2, "atol": 1e-6}
+
+    def one(x):
+        return jax.value_and_grad(jax.remat(loss, static_argnums=1))(x, quantizer)
+
+    for found in (
+        jax.jit(jax.vmap(one))(x),
+        jax.lax.scan(lambda carry, row: (carry, one(row)), 0, x)[1],
+        jax.vmap(jax.jit(one))(x),
+    ):
+        np.testing.assert_allclose(found[0].astype(jnp.float32), values, **tolerance)
+        np.testing.assert_allclose(found[1].astype(jnp.float32), gradients, **tolerance)
+
+
+def test_vmapped_thresholds_are_those_of_single_examples():
+    s = jax.vmap(lambda x: octav(x, Int(4)))(X)
+    for row, expected in zip(s, X, strict=True):
+        np.testing.assert_allclose(row, octav(expected, Int(4)), rtol=1e-6)
+
+
+def on_eight_devices():
+    """Run in a process of its own: the number of devices is fixed when JAX starts."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.random.normal(jax.random.key(0), (64, 33, 16))
+    sharded = jax.device_put(x, NamedSharding(mesh, P("data")))
+    for quantizer in QUANTIZERS:
+        # Under jit a sharded array has the thresholds of the whole.
+        step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+        value, gradient = step(sharded, quantizer)
+        expected, expected_gradient = step(x, quantizer)
+        np.testing.assert_allclose(value, expected, rtol=1e-4)
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+        assert gradient.sharding.is_equivalent_to(sharded.sharding, 3)
+
+        # Inside shard_map every shard is an array of its own.
+        mapped = jax.shard_map(
+            lambda x, q=quantizer: fake_quant(x, q, channel_axis=-1),
+            mesh=mesh,
+            in_specs=P("data"),
+            out_specs=P("data"),
+        )
+        by_hand = [fake_quant(part, quantizer, channel_axis=-1) for part in jnp.split(x, 8)]
+        np.testing.assert_allclose(mapped(sharded), jnp.concatenate(by_hand), rtol=1e-4, atol=1e-5)
+
+    # The search must not gather the array: one sum and one count of every device travel.
+    program = jax.jit(lambda x: octav(x, Int(4))).lower(sharded).compile().as_text()
+    travelling = re.findall(r"= \w+\[([\d,]*)\]\S* all-(?:gather|reduce)\(", program)
+    assert travelling
+    assert set(travelling) <= {"8", ""}
+
+
+def test_sharded_arrays():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    code = "from tests.test_transforms import on_eight_devices; on_eight_devices()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,25 @@
+import optax
+import pytest
+from flax import nnx
+
+from qat_jax.training.sharding import DataParallel
+from qat_jax.training.state import create_state
+from qat_jax.training.step import Normalisation, make_eval_step, make_train_step
+from tests.training.tiny_training import Lab, TinyNet
+
+
+@pytest.fixture(scope="session")
+def lab() -> Lab:
+    schedule = optax.linear_schedule(0.5, 0.0, 20)
+    optimizer = optax.sgd(schedule, momentum=0.9)
+    normalise = Normalisation(mean=(0.5,), std=(0.25,))
+    graphdefs, _ = create_state(TinyNet(4, nnx.Rngs(0)), optimizer)
+    return Lab(
+        optimizer=optimizer,
+        schedule=schedule,
+        normalise=normalise,
+        graphdefs=graphdefs,
+        devices=DataParallel.over_all_devices(),
+        train_step=make_train_step(graphdefs, optimizer, normalise=normalise, schedule=schedule),
+        eval_step=make_eval_step(graphdefs, normalise=normalise),
+    )

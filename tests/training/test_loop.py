@@ -1,0 +1,117 @@
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from qat_jax.training.checkpoint import Checkpoints
+from qat_jax.training.loop import Interrupted, NonFiniteLossError, Plan
+from tests.training.tiny_training import eval_data, train_data
+
+PLAN = Plan(total=7, eval_every=3, checkpoint_every=2, log_every=1)
+
+
+def lines(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def signalling(number, at_step):
+    """Training data that sends this process a signal just before a step."""
+
+    def data(start_step):
+        for step, batch in enumerate(train_data(start_step), start_step):
+            if step == at_step:
+                os.kill(os.getpid(), number)
+            yield batch
+            if step > at_step + 3:
+                raise AssertionError("the signal was not obeyed")
+
+    return data
+
+
+def assert_same(first, second):
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_a_run_evaluates_logs_and_saves_when_planned(lab, tmp_path):
+    state, metrics = lab.fit(tmp_path, PLAN)
+    assert int(state.step) == 7
+    assert metrics["count"] == 11
+    tested = [line["step"] for line in lines(tmp_path) if line["split"] == "test"]
+    trained = [line["step"] for line in lines(tmp_path) if line["split"] == "train"]
+    assert tested == [0, 3, 6, 7]
+    assert trained == [1, 2, 3, 4, 5, 6, 7]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["6", "7"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(lab, tmp_path, number):
+    whole, _ = lab.fit(tmp_path / "whole", PLAN)
+    before = signal.getsignal(number)
+    with pytest.raises(
+        Interrupted, match="at step 5, which is saved: run the same command"
+    ) as stop:
+        lab.fit(tmp_path / "halves", PLAN, train_data=signalling(number, at_step=4))
+    assert stop.value.signal_number == number
+    assert (tmp_path / "halves" / "checkpoints" / "5").exists()
+    assert signal.getsignal(number) is before
+    resumed, _ = lab.fit(tmp_path / "halves", PLAN)
+    assert_same(resumed, whole)
+    assert lines(tmp_path / "halves") == lines(tmp_path / "whole")
+
+
+def test_a_crash_loses_only_what_came_after_the_last_checkpoint(lab, tmp_path):
+    def failing(start_step):
+        for step, batch in enumerate(train_data(start_step), start_step):
+            if step == 5:
+                raise OSError("the disk is gone")
+            yield batch
+
+    whole, _ = lab.fit(tmp_path / "whole", PLAN)
+    with pytest.raises(OSError, match="the disk is gone"):
+        lab.fit(tmp_path / "halves", PLAN, train_data=failing)
+    with Checkpoints(tmp_path / "halves" / "checkpoints") as checkpoints:
+        assert int(checkpoints.restore(lab.state())[0].step) == 4
+    resumed, _ = lab.fit(tmp_path / "halves", PLAN)
+    assert_same(resumed, whole)
+    assert lines(tmp_path / "halves") == lines(tmp_path / "whole")
+
+
+def test_a_signal_before_the_first_step_leaves_nothing_to_resume(lab, tmp_path):
+    def stopping():
+        os.kill(os.getpid(), signal.SIGTERM)
+        return eval_data()
+
+    with pytest.raises(Interrupted, match="before the first was done"):
+        lab.fit(tmp_path, PLAN, eval_data=stopping)
+    lab.fit(tmp_path, PLAN)
+    assert [line["step"] for line in lines(tmp_path) if line["split"] == "test"] == [0, 3, 6, 7]
+
+
+def test_a_run_whose_last_step_is_saved_is_only_evaluated_again(lab, tmp_path):
+    first, metrics = lab.fit(tmp_path, PLAN)
+    written = lines(tmp_path)
+    again, metrics_again = lab.fit(tmp_path, PLAN)
+    assert_same(first, again)
+    assert metrics_again == metrics
+    assert lines(tmp_path) == written
+
+
+@pytest.mark.parametrize(("log_every", "bad"), [(1, 3), (100, 3), (100, 4)])
+def test_a_non_finite_loss_ends_the_run_and_is_never_saved(lab, tmp_path, log_every, bad):
+    def exploding(state, batch):
+        state, metrics = lab.train_step(state, batch)
+        loss = metrics["loss"] * (np.nan if int(state.step) == bad else 1)
+        return state, metrics | {"loss": loss}
+
+    plan = Plan(total=7, eval_every=100, checkpoint_every=2, log_every=log_every)
+    with pytest.raises(NonFiniteLossError, match=rf"nan at step {bad}: lower optimizer"):
+        lab.fit(tmp_path, plan, train_step=exploding)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_plan_of_no_steps_is_refused():
+    with pytest.raises(ValueError, match="eval_every must be at least 1"):
+        Plan(total=7, eval_every=0, checkpoint_every=2, log_every=1)

@@ -1,0 +1,99 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from qat_jax.training.loop import evaluate
+from qat_jax.training.state import restore_model
+from qat_jax.training.step import Normalisation, cross_entropy, make_train_step
+from tests.training.tiny_training import eval_data, examples
+
+
+def test_normalisation_is_in_units_of_the_images_range():
+    image = np.array([[[[0, 255]]]], np.uint8)
+    out = Normalisation(mean=(0.25, 0.5), std=(0.5, 2.0))(image)
+    np.testing.assert_allclose(out, [[[[-0.5, 0.25]]]])
+    assert out.dtype == jnp.float32
+
+
+def test_normalisation_takes_numbers_only():
+    with pytest.raises(ValueError, match="one number a channel"):
+        Normalisation(mean=("abc",), std=(1.0,))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_cross_entropy_in_closed_form(smoothing):
+    logits, label = np.array([[1.0, -2.0, 0.5], [0.0, 0.0, 3.0]]), np.array([2, 0])
+    target = np.eye(3)[label] * (1 - smoothing) + smoothing / 3
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -(target * log_p).sum(-1)
+    np.testing.assert_allclose(cross_entropy(logits, label, smoothing), expected, rtol=1e-6)
+
+
+def test_a_step_is_gradient_descent_with_fresh_batch_statistics(lab):
+    state, batch = lab.state(), examples(0, 8)
+    before = jax.device_get(state)
+    state, metrics = lab.train_step(state, batch)
+
+    model = lab.model()
+
+    def loss_fn(model):
+        logits = model(lab.normalise(batch["image"]))
+        return cross_entropy(logits, batch["label"]).mean()
+
+    loss, grads = nnx.value_and_grad(loss_fn)(model)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    assert float(metrics["learning_rate"]) == 0.5
+    assert int(state.step) == 1
+    expected = before.params["conv"]["kernel"] - 0.5 * grads["conv"]["kernel"][...]
+    np.testing.assert_allclose(state.params["conv"]["kernel"], expected, rtol=1e-4, atol=1e-6)
+    statistic = model.norm.mean[...]
+    assert abs(statistic).max() > 0
+    np.testing.assert_allclose(state.model_state["norm"]["mean"], statistic, rtol=1e-4, atol=1e-6)
+    norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+
+
+def test_the_input_state_is_donated_but_the_model_keeps_its_arrays(lab):
+    state = lab.state()
+    lab.train_step(state, examples(0, 8))
+    assert state.params["conv"]["kernel"].is_deleted()
+    assert not lab.model().conv.kernel[...].is_deleted()
+
+
+def test_what_the_model_sows_is_collected_on_request(lab):
+    step = make_train_step(
+        lab.graphdefs,
+        lab.optimizer,
+        normalise=lab.normalise,
+        schedule=lab.schedule,
+        collect=nnx.Intermediate,
+    )
+    structure = jax.tree.structure(lab.state())
+    state, metrics = step(lab.state(), examples(0, 8))
+    (largest,) = metrics["diagnostics"]["largest"]
+    assert float(largest) > 0
+    assert jax.tree.structure(state) == structure
+    assert "diagnostics" not in lab.train_step(lab.state(), examples(0, 8))[1]
+
+
+def test_evaluation_counts_every_example_once(lab):
+    state = lab.state()
+    model = restore_model(lab.graphdefs, state)
+    correct, losses = 0, []
+    for batch in eval_data():
+        valid = batch["mask"]
+        logits = model(lab.normalise(batch["image"][valid]))
+        correct += int((np.argmax(logits, -1) == batch["label"][valid]).sum())
+        losses.extend(np.asarray(cross_entropy(logits, batch["label"][valid])))
+    metrics = evaluate(lab.eval_step, state, eval_data(), lab.devices)
+    assert metrics["count"] == 11
+    assert metrics["correct"] == correct
+    assert metrics["accuracy"] == correct / 11
+    assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_an_empty_evaluation_set_is_refused(lab):
+    with pytest.raises(ValueError, match="empty"):
+        evaluate(lab.eval_step, lab.state(), [], lab.devices)
