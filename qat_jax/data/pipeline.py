@@ -100,8 +100,9 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every example exactly once, in order, in batches of one shape.
 
-    The tail is filled with zeros that `mask` marks, so that sums over `mask` are exact. Every
-    shard gives the same number of batches.
+    The tail is filled with examples from the start again, which `mask` marks, so that sums over
+    `mask` are exact: fillers of another kind would move the thresholds of a network that finds
+    them from the batch. Every shard gives the same number of batches.
 
     Args:
       source: examples with `image` (uint8 [H, W, C]) and `label` (an integer).
@@ -182,20 +183,19 @@ class _ReadTraining:
 
 @dataclasses.dataclass(frozen=True)
 class _ReadEvaluation:
-    """Step -> batch in the source's order, padded to the shard's size."""
+    """Step -> batch in the source's order, beginning again where it ends."""
 
     source: RandomAccessSource | Sequence[Example]
     part: _Part
 
     def __call__(self, step: int) -> Batch:
-        indices = [i for i in self.part.positions(step) if i < len(self.source)]
-        examples = _read_examples(self.source, indices)
-        like = np.asarray(examples[0]["image"] if examples else self.source[0]["image"])
-        image = np.zeros((self.part.size, *like.shape), like.dtype)
-        label = np.zeros(self.part.size, np.int32)
-        for row, example in enumerate(examples):
-            image[row], label[row] = example["image"], example["label"]
-        return {"image": image, "label": label, "mask": np.arange(self.part.size) < len(examples)}
+        positions = self.part.positions(step)
+        examples = _read_examples(self.source, [i % len(self.source) for i in positions])
+        return {
+            "image": np.stack([example["image"] for example in examples]),
+            "label": np.array([example["label"] for example in examples], np.int32),
+            "mask": np.array(positions) < len(self.source),
+        }
 
 
 def _read_examples(

@@ -152,10 +152,9 @@ def test_evaluation_counts_every_example_once(numbered, batch_size, shard_count)
     for batch in batches:
         assert batch["mask"].dtype == bool
         assert batch["label"].dtype == np.int32
-        for image, label in zip(batch["image"][batch["mask"]], batch["label"], strict=False):
+        # The fillers, too, are examples.
+        for image, label in zip(batch["image"], batch["label"], strict=True):
             np.testing.assert_array_equal(image, numbered[label]["image"])
-        assert not batch["image"][~batch["mask"]].any()
-        assert not batch["label"][~batch["mask"]].any()
 
 
 def test_evaluation_of_a_dataset(digits_dir):
