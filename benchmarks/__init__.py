@@ -1,0 +1,1 @@
+"""Side-by-side timings, one command each, a table and a JSON."""

@@ -1,0 +1,87 @@
+"""Gather the results of finished runs into one JSON file and a Markdown table.
+
+Usage:
+    python -m experiments.collect --runs=DIR --out=results/NAME
+
+Reads every DIR/*/result.json and writes results/NAME.json, which has each run's command, commit,
+versions, device, seed and metrics, and results/NAME.md, a table of them. Folders of the machine
+are left out of the commands: what stands before a file's own name becomes PATH.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("weight_bits", "activation_bits", "clipping", "gradient", "narrow")
+
+
+def gather(runs: Path) -> list[dict[str, Any]]:
+    """The finished runs of a folder by name, without their configs' bulk.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = []
+    for path in sorted(runs.glob("*/result.json")):
+        result = json.loads(path.read_text())
+        result["command"] = without_folders(result["command"])
+        result["quant"] = result.pop("config").get("quant")
+        found.append({"name": path.parent.name, **result})
+    if not found:
+        raise FileNotFoundError(f"no finished run in {runs}: give the folder above the run folders")
+    return found
+
+
+def without_folders(command: str) -> str:
+    """A command in which absolute paths keep only their last part.
+
+    Example:
+        >>> without_folders("python -m a --data_dir=/home/me/data --workdir=runs/x")
+        'python -m a --data_dir=PATH/data --workdir=runs/x'
+    """
+    return re.sub(r"(?<=[=\s])/(?:[^/\s]+/)*(?=[^/\s]+)", "PATH/", command)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A Markdown table: what was quantised how, and the test accuracy in per cent."""
+    header = ["run", *COLUMNS, "seed", "test accuracy", "test images", "steps", "minutes"]
+    lines = [" | ".join(header), " | ".join("---" for _ in header)]
+    for result in results:
+        metrics = result["metrics"]
+        cells = [
+            result["name"],
+            *(result["quant"][column] for column in COLUMNS),
+            result["seed"],
+            f"{100 * metrics['test_accuracy']:.1f}",
+            metrics["test_count"],
+            metrics.get("steps", "-"),
+            f"{result['wall_seconds'] / 60:.1f}",
+        ]
+        lines.append(" | ".join(map(str, cells)))
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def main() -> int:
+    """Reads the flags and writes the two files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, required=True, help="the folder above the run folders")
+    parser.add_argument("--out", type=Path, required=True, help="where to write, without a suffix")
+    arguments = parser.parse_args()
+    try:
+        results = gather(arguments.runs)
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    arguments.out.with_suffix(".md").write_text(table(results))
+    print(table(results), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
