@@ -75,8 +75,12 @@ def on_eight_devices():
             in_specs=P("data"),
             out_specs=P("data"),
         )
-        by_hand = [fake_quant(part, quantizer, channel_axis=-1) for part in jnp.split(x, 8)]
+        parts = jnp.split(x, 8)
+        by_hand = [fake_quant(part, quantizer, channel_axis=-1) for part in parts]
         np.testing.assert_allclose(mapped(sharded), jnp.concatenate(by_hand), rtol=1e-4, atol=1e-5)
+        gradient = jax.jit(jax.grad(lambda x, m=mapped: jnp.sum(jnp.sin(m(x)) * 3)))(sharded)
+        by_hand = [jax.grad(loss)(part, quantizer) for part in parts]
+        np.testing.assert_allclose(gradient, jnp.concatenate(by_hand), rtol=1e-4, atol=1e-5)
 
     # The search must not gather the array: one sum and one count of every device travel.
     program = jax.jit(lambda x: octav(x, Int(4))).lower(sharded).compile().as_text()
