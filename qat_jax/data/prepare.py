@@ -44,10 +44,13 @@ def prepare_once(
 
     Returns:
       The builder of the prepared dataset.
+
+    Raises:
+      DataError: nothing can be written to `data_dir`.
     """
     builder = make_builder(data_dir=data_dir)
     if not is_prepared(builder):
-        data_dir.mkdir(parents=True, exist_ok=True)
+        _make_writable(data_dir)
         with tempfile.TemporaryDirectory(prefix=".preparing-", dir=data_dir) as workshop:
             draft = make_builder(data_dir=workshop)
             with _progress(show_progress):
@@ -61,6 +64,18 @@ def prepare_once(
 def is_prepared(builder: Any) -> bool:
     """Whether the builder's dataset is in its folder, of which only a whole one bears the name."""
     return Path(builder.data_path).exists()
+
+
+def _make_writable(data_dir: Path) -> None:
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(data_dir, os.W_OK):
+            raise PermissionError("it may not be written to")
+    except OSError as error:
+        raise DataError(
+            f"cannot prepare a dataset in {data_dir} ({error.strerror or error}): pass "
+            f"--config.dataset.data_dir or set {DATA_DIR_VARIABLE} to a folder of your own"
+        ) from error
 
 
 def _move_into_place(draft: Path, destination: Path) -> None:

@@ -50,7 +50,7 @@ class Checkpoints:
 
         Args:
             state: the state after `state.step` updates.
-            seconds: time the run has taken so far, over all its sessions.
+            seconds: time the run has taken so far, over all its parts.
         """
         # Synchronous: the next step donates these very buffers.
         self._open().save(

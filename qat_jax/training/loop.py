@@ -124,7 +124,7 @@ def fit(
         plan: how long and how often.
         writer: where metrics go.
         checkpoints: where states go.
-        seconds_before: time earlier sessions of this run took.
+        seconds_before: time earlier parts of this run took.
         name: shown beside the progress bar.
 
     Returns:

@@ -41,3 +41,13 @@ def test_a_failure_leaves_nothing_behind(monkeypatch, tmp_path):
 def test_preparing_is_quiet(tmp_path, capfd):
     prepare_digits(tmp_path)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_clear_error(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(prepare.DataError, match="set QAT_JAX_DATA to a folder of your own"):
+        prepare_digits(file / "data")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(prepare.DataError, match="it may not be written to"):
+        prepare_digits(tmp_path)
