@@ -17,7 +17,7 @@ def quant_config(arg: str) -> ConfigDict:
     Example:
         >>> quant_config("bits=4,clipping=max").to_dict()
         {'activation_bits': 4, 'clipping': 'max', 'diagnostics': False, 'edge_clipping': 'max',
-         'gradient': 'mph', 'narrow': False, 'weight_bits': 4}
+         'gradient': 'mph', 'narrow': True, 'weight_bits': 4}
     """
     values = dict(DEFAULTS)
     parts = [] if arg == "float" else [part for part in arg.split(",") if part]
@@ -37,7 +37,7 @@ def quant_config(arg: str) -> ConfigDict:
             "activation_bits": int(values["bits"]),
             "clipping": values["clipping"],
             "gradient": values["gradient"],
-            "narrow": False,  # whether the threshold is itself a code: symmetric grids
+            "narrow": True,  # whether the threshold is itself a code; the paper's grids are not narrow
             "edge_clipping": values["clipping"],  # of the first convolution and the classifier
             "diagnostics": False,  # SQNR, clipped share and threshold of each layer in each step
         }

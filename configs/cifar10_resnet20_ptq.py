@@ -36,6 +36,5 @@ def get_config(arg: str = "bits=8") -> ConfigDict:
             "batch_size": 250,
         }
     )
-    config.quant.narrow = True
     config.quant.edge_clipping = "max"
     return config

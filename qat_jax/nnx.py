@@ -157,8 +157,8 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
       >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu)
       >>> model = quantize_model(model, "octav-w4a4")
       >>> print(report(model))
-      layer     type    weights                   activations
-      layers/0  Linear  int8 PerTensor Octav mad  auto8 PerTensor Octav pwl
+      layer     type    weights                          activations
+      layers/0  Linear  int8 narrow PerTensor Octav mad  auto8 narrow PerTensor Octav pwl
     """
     sites = _sites(model)
     if isinstance(policy, str):

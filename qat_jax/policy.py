@@ -87,7 +87,7 @@ def uniform_policy(
     *,
     clipping: Clipping | None = None,
     gradient: str = "mph",
-    narrow: bool = False,
+    narrow: bool = True,
     first: str | None = None,
     last: str | None = None,
     edge_bits: int = 8,
@@ -97,7 +97,7 @@ def uniform_policy(
 
     This is the recipe of OCTAV's convolutional networks (arXiv:2206.06501, section 5): weights
     per output channel, the classifier's per tensor, activations per tensor and signed only where
-    the data is; first and last layer at 8 bits.
+    the data is; first and last layer at 8 bits. Only the grids are others by default.
 
     Args:
       weight_bits: of the weights between the two ends.
@@ -105,7 +105,9 @@ def uniform_policy(
       clipping: how thresholds are found, OCTAV by default.
       gradient: "ste", "pwl" or "mad" for weights and activations alike, or "mph", the paper's
         choice: MAD for weights, PWL for activations.
-      narrow: whether the threshold is itself a code (see `Int`).
+      narrow: whether the threshold is itself a code (see `Int`). The paper's grids are not
+        narrow; below 8 bits the missing code at +s costs more than the noise model knows of
+        (docs/decisions.md).
       first: pattern of the first convolution, if one is to have ``edge_bits``.
       last: pattern of the classifier, likewise.
       edge_bits: of weights and activations of those two.

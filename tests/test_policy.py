@@ -36,22 +36,23 @@ def test_a_broken_pattern_is_an_error():
 def test_the_recipe_of_the_paper():
     policy = preset("octav-w4a3", first="stem", last="head")
     placed = policy.place(PATHS)
-    assert placed["stem"].weights == Quantizer(Int(8), PerChannel(), Octav(), "mad")
-    assert placed["head"].weights == Quantizer(Int(8), PerTensor(), Octav(), "mad")
-    assert placed["head"].activations == Quantizer(Int(8, signed=None), PerTensor(), Octav(), "pwl")
-    middle = placed["blocks/0/conv"]
-    assert middle.weights == Quantizer(Int(4), PerChannel(), Octav(), "mad")
-    assert middle.activations == Quantizer(Int(3, signed=None), PerTensor(), Octav(), "pwl")
+    w8, a8 = Int(8, narrow=True), Int(8, signed=None, narrow=True)
+    assert placed["stem"].weights == Quantizer(w8, PerChannel(), Octav(), "mad")
+    assert placed["head"].weights == Quantizer(w8, PerTensor(), Octav(), "mad")
+    assert placed["head"].activations == Quantizer(a8, PerTensor(), Octav(), "pwl")
+    w4, a3 = Int(4, narrow=True), Int(3, signed=None, narrow=True)
+    assert placed["blocks/0/conv"].weights == Quantizer(w4, PerChannel(), Octav(), "mad")
+    assert placed["blocks/0/conv"].activations == Quantizer(a3, PerTensor(), Octav(), "pwl")
 
 
 def test_choices_of_the_uniform_policy():
-    policy = uniform_policy(2, 2, clipping=AbsMax(), gradient="ste", narrow=True, last="head")
+    policy = uniform_policy(2, 2, clipping=AbsMax(), gradient="ste", narrow=False, last="head")
     assert len(policy.rules) == 2
-    assert policy.rules[-1].weights == Quantizer(Int(2, narrow=True), PerChannel(), AbsMax(), "ste")
+    assert policy.rules[-1].weights == Quantizer(Int(2), PerChannel(), AbsMax(), "ste")
     mixed = uniform_policy(2, 2, edge_clipping=AbsMax(), edge_bits=6, first="stem")
-    assert mixed.rules[0].weights == Quantizer(Int(6), PerChannel(), AbsMax(), "mad")
+    assert mixed.rules[0].weights == Quantizer(Int(6, narrow=True), PerChannel(), AbsMax(), "mad")
     assert preset("max-w8a8-pwl").rules[0].weights == Quantizer(
-        Int(8), PerChannel(), AbsMax(), "pwl"
+        Int(8, narrow=True), PerChannel(), AbsMax(), "pwl"
     )
 
 

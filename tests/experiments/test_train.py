@@ -163,7 +163,7 @@ def test_configs_are_complete(name):
         "activation_bits": 3,
         "clipping": "octav",
         "gradient": "mad",
-        "narrow": False,
+        "narrow": True,
         "edge_clipping": "octav",
         "diagnostics": False,
     }
