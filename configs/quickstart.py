@@ -10,14 +10,15 @@ order and number of steps. Nothing is tuned for any of them.
 Expected test accuracy (360 images, mean ± standard deviation of 3 seeds; an image is 0.28 points):
 
     float32              98.4 ± 0.8
-    max, 4 bits          98.1 ± 0.0
-    OCTAV + MPH, 4 bits  98.1 ± 0.7
-    max, 2 bits          95.9 ± 1.0
-    OCTAV + STE, 2 bits  97.6 ± 0.7
-    OCTAV + MPH, 2 bits  97.9 ± 0.6
+    max, 4 bits          98.2 ± 0.6
+    OCTAV + MPH, 4 bits  98.1 ± 0.3
+    max, 2 bits          94.4 ± 1.2
+    OCTAV + STE, 2 bits  97.6 ± 0.4
+    OCTAV + MPH, 2 bits  98.3 ± 0.5
 
-So on digits four bits cost nothing with either threshold, two bits cost two points more with the
-maximum than with OCTAV, and STE cannot be told from MPH. About two minutes on two CPU cores.
+So on digits four bits cost nothing with either threshold, and two bits cost four points with the
+maximum and next to nothing with OCTAV. STE and MPH are too close to tell apart with three seeds.
+About two minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict

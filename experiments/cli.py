@@ -48,13 +48,20 @@ class Arguments:
     workdir: Path
 
 
-def main(run: Callable[[ConfigDict, Path], Any], usage: str, argv: Sequence[str]) -> int:
+def main(
+    run: Callable[[ConfigDict, Path], Any],
+    usage: str,
+    argv: Sequence[str],
+    *,
+    default_config: str | None = None,
+) -> int:
     """Runs one experiment from a command line.
 
     Args:
         run: does the work, given the resolved config and the run folder.
         usage: what `--help` prints.
         argv: the program's name and its arguments.
+        default_config: the config file where `--config` is not given.
 
     Returns:
         The exit status: 0 done, 1 failed, 2 wrong usage, 128 + n ended by signal n.
@@ -64,7 +71,7 @@ def main(run: Callable[[ConfigDict, Path], Any], usage: str, argv: Sequence[str]
         return 0
     _log_to_stderr()
     try:
-        arguments = parse(argv)
+        arguments = parse(argv, default_config=default_config)
         run(arguments.config, arguments.workdir)
     except (UsageError, WorkdirError, CheckpointError) as error:
         return _fail(error, WRONG_USAGE)
@@ -77,15 +84,18 @@ def main(run: Callable[[ConfigDict, Path], Any], usage: str, argv: Sequence[str]
     return 0
 
 
-def parse(argv: Sequence[str]) -> Arguments:
+def parse(argv: Sequence[str], *, default_config: str | None = None) -> Arguments:
     """Reads `--config`, its overrides and `--workdir`.
 
     Args:
         argv: the program's name and its arguments.
+        default_config: the config file where `--config` is not given.
 
     Raises:
         UsageError: anything is wrong with them.
     """
+    if default_config is not None and _config_spec(argv) is None:
+        argv = [argv[0], f"--config={default_config}", *argv[1:]]
     spec = _config_spec(argv)
     if spec is None:
         raise UsageError(f"give --config=configs/NAME.py; {_known_configs(Path('configs'))}")

@@ -132,6 +132,16 @@ def test_cells_differ_in_how_they_quantise_and_in_nothing_else():
             assert all(np.array_equal(a, b) for a, b in zip(own, weights[0], strict=True))
 
 
+def test_the_curves_are_of_the_formats_that_were_trained():
+    config = config_file.get_config()
+    assert quickstart.formats(config) == [
+        qj.Int(4, signed=None, narrow=True),
+        qj.Int(2, signed=None, narrow=True),
+    ]
+    config.cells["octav-w2a2"].narrow = False
+    assert qj.Int(2, signed=None) in quickstart.formats(config)
+
+
 def test_the_published_cells_are_trained_in_the_order_of_the_table():
     assert list(
         cli.parse(["q", "--workdir=x"], default_config=quickstart.DEFAULT_CONFIG).config.cells
@@ -163,14 +173,16 @@ def test_mean_and_spread_are_over_the_seeds(tmp_path, monkeypatch):
 def test_the_error_curve_is_the_true_error():
     x = jnp.abs(jax.random.normal(jax.random.key(0), (4000,)))
     curve = figures.error_curve(x, qj.Int(4, signed=None))
+    exact = np.asarray(x, np.float64)
     step = curve.thresholds[137] / 16
-    rounded = np.clip(np.round(np.asarray(x, np.float64) / step), 0, 15) * step
-    expected = np.mean((rounded - x) ** 2) / np.mean(np.square(x))
+    rounded = np.clip(np.round(exact / step), 0, 15) * step
+    expected = np.mean((rounded - exact) ** 2) / np.mean(exact**2)
     assert curve.errors[137] == pytest.approx(expected, rel=1e-3)
     assert curve.maximum == float(x.max())
     assert curve.iterates[0] == pytest.approx(float(x.mean()), rel=1e-5)
     assert curve.iterates[-1] == pytest.approx(float(qj.octav(x, qj.Int(4, signed=False))[0]))
-    assert curve.iterate_errors[-1] < 1.05 * curve.errors.min() < curve.maximum_error
+    # OCTAV's model of the error lets numbers grow to s, the grid ends one step before it.
+    assert curve.iterate_errors[-1] < 1.1 * curve.errors.min() < curve.maximum_error
     assert json.loads(json.dumps(curve.summary()))["octav"]["iterates"] == curve.iterates.tolist()
 
 
