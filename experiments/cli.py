@@ -118,6 +118,15 @@ def parse(argv: Sequence[str], *, default_config: str | None = None) -> Argument
     return Arguments(config=values.config, workdir=Path(values.workdir))
 
 
+def require(config: ConfigDict, *keys: str) -> None:
+    """Raises UsageError unless the config has all of these sections: else it is another main's."""
+    missing = [key for key in keys if key not in config]
+    if missing:
+        raise UsageError(
+            f"this config is not for this main: it has no {', '.join(missing)}; see --help"
+        )
+
+
 @contextlib.contextmanager
 def setup_errors() -> Iterator[None]:
     """Turns errors in what a config asks for into `UsageError`.

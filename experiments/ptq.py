@@ -58,6 +58,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         WorkdirError: the folder holds something else; nothing is written.
     """
     started = time.monotonic()
+    cli.require(config, "dataset", "model", "quant", "batch_size")
     settings = config.to_dict()
     folder = Workdir(workdir)
     if folder.status(settings) is Status.FINISHED:

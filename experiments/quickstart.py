@@ -72,6 +72,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         NonFiniteLossError: a training diverged.
         Interrupted: a signal came; the state is saved.
     """
+    cli.require(config, "recipe", "cells", "num_seeds", "figure_layer")
     settings = config.to_dict()
     folder = Workdir(workdir)
     if folder.status(settings) is Status.FINISHED:

@@ -61,6 +61,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         Interrupted: a signal came; the state is saved.
     """
     started = time.monotonic()
+    cli.require(config, "dataset", "model", "quant", "optimizer", "schedule")
     settings = config.to_dict()
     folder = Workdir(workdir)
     if folder.status(settings) is Status.FINISHED:

@@ -38,7 +38,7 @@ def test_flags_override_the_config():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --config=configs/NAME.py; there are configs/cifar10_resnet20.py, configs/dig"),
+        ([], "give --config=configs/NAME.py; there are configs/cifar10_resnet20.py, configs/cifar"),
         ([CONFIG], "give --workdir=DIR"),
         ([CONFIG, "--workdri=x"], "'workdri'. Did you mean: workdir"),
         ([CONFIG, "--workdir=x", "seed=1"], "'seed=1' is not a flag"),

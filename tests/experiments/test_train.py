@@ -135,6 +135,13 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, capsys, 
     assert not workdir.exists()
 
 
+def test_a_config_of_another_main_is_refused(tmp_path, capsys):
+    arguments = ["train", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]
+    assert cli.main(train.run, train.__doc__, arguments) == cli.WRONG_USAGE
+    assert "not for this main: it has no dataset, model" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path, capsys):
     workdir = tmp_path / "run"
     workdir.mkdir()
