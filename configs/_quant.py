@@ -37,7 +37,7 @@ def quant_config(arg: str) -> ConfigDict:
             "activation_bits": int(values["bits"]),
             "clipping": values["clipping"],
             "gradient": values["gradient"],
-            "narrow": True,  # whether the threshold is itself a code; the paper's grids are not narrow
+            "narrow": True,  # the threshold is itself a code; the paper's grids are not narrow
             "edge_clipping": values["clipping"],  # of the first convolution and the classifier
             "diagnostics": False,  # SQNR, clipped share and threshold of each layer in each step
         }

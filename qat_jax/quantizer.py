@@ -47,6 +47,7 @@ class Quantizer:
 
     def threshold(self, x: jax.Array, channel_axis: ChannelAxis = None) -> jax.Array:
         """The clipping threshold of each group of x, keeping x's dimensions."""
+        x = jnp.asarray(x)
         axes = self.granularity.group_axes(x.ndim, channel_axis)
         return self.clipping.threshold(x, self.format, axes)
 

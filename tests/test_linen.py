@@ -117,3 +117,30 @@ def test_einsum_layers():
 def test_a_rule_that_matches_nothing_lists_the_paths(pair):
     with pytest.raises(ValueError, match=r"'conv1' matches no layer.*stem, depthwise, up"):
         qlinen.quantize_model(LinenNet(), qj.Policy([qj.Rule("conv1", W4)]), pair[2])
+
+
+def test_scanned_layers_with_remat():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.tanh(nn.Dense(6, name="dense")(x)), None
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            blocks = nn.scan(
+                nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            )
+            return blocks(name="blocks")(x, None)[0]
+
+    x = jax.random.normal(KEY, (2, 6))
+    variables = Stack().init(KEY, x)
+    quantized = qlinen.quantize_model(Stack(), EVERYWHERE, x)
+    assert [layer.path for layer in quantized.report.layers] == ["blocks/dense"]
+    expected = x
+    dense = variables["params"]["blocks"]["dense"]
+    for kernel, bias in zip(dense["kernel"], dense["bias"], strict=True):
+        expected = nn.tanh(A4(expected) @ qj.fake_quant(kernel, W4, channel_axis=1) + bias)
+    np.testing.assert_allclose(quantized.apply(variables, x), expected, rtol=1e-4, atol=1e-5)
+    gradient = jax.jit(jax.grad(lambda v: jnp.sum(quantized.apply(v, x))))(variables)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
