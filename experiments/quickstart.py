@@ -306,7 +306,7 @@ def _begun(folder: Workdir, settings: Mapping[str, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _shared_compilations(cache: Path) -> Iterator[None]:
-    """Lets the seeds of a cell share their compiled steps, in this session and after a resume.
+    """Lets the seeds of a cell share their compiled steps, in this process and after a resume.
 
     A cache that the user has chosen for JAX stays in use.
     """
