@@ -11,10 +11,12 @@ Expected accuracy on the first 1,000 test images (standard error about 0.9; floa
 20 seconds a run on two CPU cores:
 
     bits  max   octav
-    8     91.3  91.5
-    6     91.7  91.2
-    4     85.8  89.9
-    3     46.9  64.2
+    8     91.5  91.9
+    6     92.1  91.9
+    4     85.7  89.4
+    3     47.8  64.4
+
+The composition of the batches alone moves these by some tenths of a point.
 
 ARG: bits (2 to 8; 32 or "float" is no quantisation), clipping (octav, max).
 """

@@ -29,10 +29,19 @@ def gather(runs: Path) -> list[dict[str, Any]]:
         result = json.loads(path.read_text())
         result["command"] = without_folders(result["command"])
         result["quant"] = result.pop("config").get("quant")
+        result["metrics"].pop("diagnostics", None)  # a few figures for each layer: too much here
+        result["metrics"]["accuracy_before"] = accuracy_before(path.with_name("metrics.jsonl"))
         found.append({"name": path.parent.name, **result})
     if not found:
         raise FileNotFoundError(f"no finished run in {runs}: give the folder above the run folders")
     return found
+
+
+def accuracy_before(path: Path) -> float | None:
+    """The test accuracy before the first step of training, in [0, 1]; None if not measured."""
+    lines = map(json.loads, path.read_text().splitlines())
+    tested = (line for line in lines if line["step"] == 0 and line["split"] in ("test", "float"))
+    return next((line["accuracy"] for line in tested), None)
 
 
 def without_folders(command: str) -> str:
@@ -46,8 +55,11 @@ def without_folders(command: str) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A Markdown table: what was quantised how, and the test accuracy in per cent."""
-    header = ["run", *COLUMNS, "seed", "test accuracy", "test images", "steps", "minutes"]
+    """A Markdown table: what was quantised how, and the test accuracy in per cent.
+
+    "before" is the accuracy before training; of a run without training, that in float.
+    """
+    header = ["run", *COLUMNS, "seed", "before", "test accuracy", "test images", "steps", "minutes"]
     lines = [" | ".join(header), " | ".join("---" for _ in header)]
     for result in results:
         metrics = result["metrics"]
@@ -55,6 +67,7 @@ def table(results: list[dict[str, Any]]) -> str:
             result["name"],
             *(result["quant"][column] for column in COLUMNS),
             result["seed"],
+            "-" if (before := metrics["accuracy_before"]) is None else f"{100 * before:.1f}",
             f"{100 * metrics['test_accuracy']:.1f}",
             metrics["test_count"],
             metrics.get("steps", "-"),
