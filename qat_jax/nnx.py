@@ -299,15 +299,15 @@ def _sites(model: nnx.Module) -> list[_Site]:
     """The layers that can be quantised, each once, in order of definition."""
     nodes = dict(nnx.iter_graph(model))
 
-    def definition_order(path: tuple[Any, ...]) -> list[int]:
+    def position(parent: Any, name: Any) -> int:
         # NNX traverses attributes by the alphabet; the objects' own dictionaries know better.
-        positions = []
-        for depth, name in enumerate(path):
-            siblings = [
-                str(sibling) for sibling in getattr(nodes.get(path[:depth]), "__dict__", ())
-            ]
-            positions.append(siblings.index(str(name)) if str(name) in siblings else int(name))
-        return positions
+        attributes = [str(attribute) for attribute in getattr(parent, "__dict__", ())]
+        if str(name) in attributes:
+            return attributes.index(str(name))
+        return name if isinstance(name, int) else 0  # in a list, or a dictionary as it comes
+
+    def definition_order(path: tuple[Any, ...]) -> list[int]:
+        return [position(nodes.get(path[:depth]), name) for depth, name in enumerate(path)]
 
     found = [
         (definition_order(path), _Site("/".join(map(str, path)), node, hook))
@@ -325,9 +325,8 @@ def _copy(model: nnx.Module) -> nnx.Module:
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Module):  # merging sorts attributes by the alphabet
             attributes = vars(copies[path])
-            ordered = {name: attributes[name] for name in vars(node)}
-            attributes.clear()
-            attributes.update(ordered)
+            for name in vars(node):
+                attributes[name] = attributes.pop(name)
     return copy
 
 

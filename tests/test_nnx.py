@@ -135,6 +135,23 @@ def test_presets_find_the_first_convolution_and_the_classifier():
     assert stem == ("stem Conv int8 narrow PerChannel Octav mad auto8 narrow PerTensor Octav pwl")
 
 
+def test_layers_in_containers_of_every_kind():
+    class Containers(nnx.Module):
+        def __init__(self, rngs):
+            def layer():
+                return nnx.Linear(4, 4, rngs=rngs)
+
+            self.pair = nnx.data((layer(), layer()))
+            self.named = nnx.Dict(second=layer(), first=layer())
+            self.plain = nnx.data({"b": layer(), "a": [layer(), layer()]})
+
+    model = Containers(nnx.Rngs(0))
+    assert [layer.path for layer in qj.report(qj.quantize_model(model, EVERYWHERE)).layers] == [
+        *("pair/0", "pair/1", "named/second", "named/first"),
+        *("plain/b", "plain/a/0", "plain/a/1"),
+    ]
+
+
 def test_the_model_given_stays_as_it_is_and_shares_its_arrays():
     model = Net(nnx.Rngs(0))
     x = normal(2, 8, 8, 1)
