@@ -10,7 +10,7 @@ from qat_jax.quantizer import Quantizer, fake_quant
 
 
 class Diagnostics(NamedTuple):
-    """One operand's figures, float32 scalars. A pytree.
+    """One operand's figures: scalars, float32 (float64 for float64 arrays). A pytree.
 
     Attributes:
       sqnr_db: signal to quantisation noise, 10 log10(Σ x² / Σ (x - x̂)²), in dB; infinite where
@@ -73,6 +73,6 @@ def diagnose(
     ratio = threshold / jnp.where(largest > 0, largest, 1)
     return Diagnostics(
         sqnr_db=10 * (jnp.log10(jnp.sum(jnp.square(x))) - jnp.log10(noise)),
-        clipped_fraction=jnp.mean(clipped, dtype=jnp.float32),
+        clipped_fraction=jnp.mean(clipped, dtype=threshold.dtype),
         threshold_over_max=jnp.sum(ratio) / jnp.maximum(jnp.sum(largest > 0), 1),
     )

@@ -7,8 +7,7 @@ their names stay what they are.
 
 import dataclasses
 import functools
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from flax import linen as nn
 
 from qat_jax import ops
 from qat_jax.diagnostics import fake_quant_with_diagnostics
-from qat_jax.policy import Policy, Rule, preset
+from qat_jax.policy import Policy, Rule, preset_for_layers
 from qat_jax.quantizer import Quantizer
 from qat_jax.report import LayerReport, Report
 
@@ -95,7 +94,9 @@ def quantize_model(
     """
     sites = _sites(module, args, kwargs)
     if isinstance(policy, str):
-        policy = _preset_for(policy, sites)
+        convolutions = [path for path, kind in sites.items() if kind is nn.Conv]
+        dense = [path for path, kind in sites.items() if kind in (nn.Dense, nn.DenseGeneral)]
+        policy = preset_for_layers(policy, convolutions, dense)
     placed = policy.place(list(sites))
     layers = tuple(
         LayerReport(
@@ -237,15 +238,3 @@ def _sites(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, type[nn.Mo
     with nn.intercept_methods(record):
         jax.eval_shape(init, jax.random.key(0))
     return sites
-
-
-def _preset_for(name: str, sites: Mapping[str, type[nn.Module]]) -> Policy:
-    def paths(*kinds: type[nn.Module]) -> Sequence[str]:
-        return [path for path, kind in sites.items() if kind in kinds]
-
-    convolutions, dense = paths(nn.Conv), paths(nn.Dense, nn.DenseGeneral)
-    return preset(
-        name,
-        first=re.escape(convolutions[0]) if convolutions else None,
-        last=re.escape(dense[-1]) if dense else None,
-    )

@@ -6,8 +6,7 @@
 injected are NNX modules themselves, so that quantisers can sow diagnostics and hold state.
 """
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from jax import lax
 from qat_jax import ops
 from qat_jax.diagnostics import Diagnostics, fake_quant_with_diagnostics
 from qat_jax.granularity import ChannelAxis
-from qat_jax.policy import Policy, Rule, preset
+from qat_jax.policy import Policy, Rule, preset_for_layers
 from qat_jax.quantizer import Quantizer
 from qat_jax.report import LayerReport, Report
 
@@ -162,7 +161,9 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
     """
     sites = _sites(model)
     if isinstance(policy, str):
-        policy = _preset_for(policy, sites)
+        convolutions = [s.path for s in sites if isinstance(s.layer, nnx.Conv)]
+        linears = [s.path for s in sites if isinstance(s.layer, nnx.Linear | nnx.LinearGeneral)]
+        policy = preset_for_layers(policy, convolutions, linears)
     placed = policy.place([site.path for site in sites])
     replacements = {
         site.path: _replacement(site, placed[site.path]) for site in sites if site.path in placed
@@ -328,16 +329,6 @@ def _copy(model: nnx.Module) -> nnx.Module:
             for name in vars(node):
                 attributes[name] = attributes.pop(name)
     return copy
-
-
-def _preset_for(name: str, sites: Sequence[_Site]) -> Policy:
-    convolutions = [site.path for site in sites if isinstance(site.layer, nnx.Conv)]
-    linears = [s.path for s in sites if isinstance(s.layer, nnx.Linear | nnx.LinearGeneral)]
-    return preset(
-        name,
-        first=re.escape(convolutions[0]) if convolutions else None,
-        last=re.escape(linears[-1]) if linears else None,
-    )
 
 
 def _replacement(site: _Site, rule: Rule) -> nnx.Module | None:

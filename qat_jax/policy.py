@@ -175,3 +175,25 @@ def preset(name: str, *, first: str | None = None, last: str | None = None) -> P
         first=first,
         last=last,
     )
+
+
+def preset_for_layers(name: str, convolutions: Sequence[str], linears: Sequence[str]) -> Policy:
+    """A named policy whose ends are the first convolution and the last linear layer.
+
+    Args:
+      name: see `preset`.
+      convolutions: paths of the model's convolutions, in order.
+      linears: paths of its linear layers, in order.
+
+    Returns:
+      The policy; an end that the model lacks has no rule.
+
+    Example:
+      >>> [rule.pattern for rule in preset_for_layers("octav-w4a4", ["stem", "body"], []).rules]
+      ['stem', '.*']
+    """
+    return preset(
+        name,
+        first=re.escape(convolutions[0]) if convolutions else None,
+        last=re.escape(linears[-1]) if linears else None,
+    )
