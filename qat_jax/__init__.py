@@ -1,27 +1,44 @@
 """Quantisation-aware training and post-training quantisation in JAX."""
 
-from qat_jax.clipping import AbsMax, Fixed, Octav, octav
+from qat_jax.calibration import calibrate, load_thresholds, save_thresholds
+from qat_jax.clipping import AbsMax, Entropy, Exact, Fixed, MseSweep, Octav, Percentile, octav
 from qat_jax.diagnostics import Diagnostics, diagnose, fake_quant_with_diagnostics
-from qat_jax.formats import Int
-from qat_jax.granularity import PerChannel, PerTensor
+from qat_jax.formats import Float, Int
+from qat_jax.granularity import PerChannel, PerTensor, PerVector
 from qat_jax.nnx import Diagnostic, diagnostics_by_layer, quantize_model, report
+from qat_jax.notation import Notation
 from qat_jax.ops import conv_general_dilated, dot_general, einsum
 from qat_jax.policy import Policy, Rule, preset, uniform_policy
 from qat_jax.quantizer import QTensor, Quantizer, dequantize, fake_quant, quantize
+from qat_jax.scales import E4M3, E8M0, FloatScale, IntScale
+from qat_jax.storage import Storage, model_storage, operand_storage
 
 __all__ = [
+    "E4M3",
+    "E8M0",
     "AbsMax",
     "Diagnostic",
     "Diagnostics",
+    "Entropy",
+    "Exact",
     "Fixed",
+    "Float",
+    "FloatScale",
     "Int",
+    "IntScale",
+    "MseSweep",
+    "Notation",
     "Octav",
     "PerChannel",
     "PerTensor",
+    "PerVector",
+    "Percentile",
     "Policy",
     "QTensor",
     "Quantizer",
     "Rule",
+    "Storage",
+    "calibrate",
     "conv_general_dilated",
     "dequantize",
     "diagnose",
@@ -30,10 +47,14 @@ __all__ = [
     "einsum",
     "fake_quant",
     "fake_quant_with_diagnostics",
+    "load_thresholds",
+    "model_storage",
     "octav",
+    "operand_storage",
     "preset",
     "quantize",
     "quantize_model",
     "report",
+    "save_thresholds",
     "uniform_policy",
 ]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qat_jax.granularity import ChannelAxis
+from qat_jax.granularity import ChannelAxis, VectorAxis
 from qat_jax.quantizer import Quantizer, fake_quant
 
 
@@ -26,7 +26,12 @@ class Diagnostics(NamedTuple):
 
 
 def fake_quant_with_diagnostics(
-    x: jax.Array, quantizer: Quantizer, *, channel_axis: ChannelAxis = None
+    x: jax.Array,
+    quantizer: Quantizer,
+    *,
+    channel_axis: ChannelAxis = None,
+    vector_axis: VectorAxis = None,
+    threshold: jax.Array | None = None,
 ) -> tuple[jax.Array, Diagnostics]:
     """`fake_quant` and its figures, from one search for the threshold.
 
@@ -34,13 +39,17 @@ def fake_quant_with_diagnostics(
       x: floating-point array.
       quantizer: the description.
       channel_axis: the axis or axes with a scale each.
+      vector_axis: the axis or axes along which vectors lie.
+      threshold: use these thresholds instead of searching for them.
 
     Returns:
       The fake-quantised array, and its diagnostics, which no gradient flows into.
     """
-    threshold = quantizer.threshold(x, channel_axis)
-    y = fake_quant(x, quantizer, threshold=threshold)
-    return y, diagnose(x, y, threshold, quantizer, channel_axis=channel_axis)
+    axes = {"channel_axis": channel_axis, "vector_axis": vector_axis}
+    if threshold is None:
+        threshold = quantizer.threshold(x, **axes)
+    y = fake_quant(x, quantizer, **axes, threshold=threshold)
+    return y, diagnose(x, y, threshold, quantizer, **axes)
 
 
 def diagnose(
@@ -50,26 +59,31 @@ def diagnose(
     quantizer: Quantizer,
     *,
     channel_axis: ChannelAxis = None,
+    vector_axis: VectorAxis = None,
 ) -> Diagnostics:
     """The figures of an array, its quantised version and its thresholds.
 
     Args:
       x: the original array.
       quantized: what became of it, of the same shape.
-      threshold: its thresholds, with x's number of dimensions.
+      threshold: its thresholds, one a group or broadcastable to that.
       quantizer: the description that was used.
       channel_axis: the axis or axes with a scale each.
+      vector_axis: the axis or axes along which vectors lie.
 
     Returns:
       The diagnostics.
     """
     x, quantized, threshold = jax.lax.stop_gradient((x, quantized, threshold))
+    groups = quantizer.granularity.groups(x.ndim, channel_axis, vector_axis)
     magnitude = quantizer.format.magnitude(x).astype(threshold.dtype)
-    axes = quantizer.granularity.group_axes(x.ndim, channel_axis)
-    largest = jnp.max(magnitude, axis=axes, keepdims=True, initial=0)
+    largest = groups.reduce(
+        magnitude, lambda x, axes: jnp.max(x, axis=axes, keepdims=True, initial=0)
+    )
     x = x.astype(threshold.dtype)
     noise = jnp.sum(jnp.square(x - quantized))
-    clipped = (x > threshold) | (x < quantizer.format.lower(threshold))
+    upper = groups.expand(threshold, x.shape)
+    clipped = (x > upper) | (x < quantizer.format.lower(upper))
     ratio = threshold / jnp.where(largest > 0, largest, 1)
     return Diagnostics(
         sqnr_db=10 * (jnp.log10(jnp.sum(jnp.square(x))) - jnp.log10(noise)),

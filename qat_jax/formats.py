@@ -5,13 +5,46 @@ A format knows no scale. It describes codes on an axis on which the clipping thr
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+_BITS = range(2, 17)
+
+
+class Format(Protocol):
+    """What the library asks of a number format."""
+
+    @property
+    def bits(self) -> int:
+        """Bits a code."""
+        ...
+
+    @property
+    def code_dtype(self) -> DTypeLike:
+        """The narrowest dtype that holds every code."""
+        ...
+
+    @property
+    def midpoints(self) -> np.ndarray:
+        """The positive numbers that lie half-way between two codes of either sign, ascending."""
+        ...
+
+    def grid(self, x: jax.Array) -> "Grid | FloatGrid":
+        """The codes for x: how to round to them, and L, the code that the threshold stands at."""
+        ...
+
+    def magnitude(self, x: jax.Array) -> jax.Array:
+        """The part of x that the threshold limits."""
+        ...
+
+    def lower(self, threshold: jax.Array) -> jax.Array:
+        """The least number that is not clipped at a threshold."""
+        ...
 
 
 class Grid(NamedTuple):
@@ -53,7 +86,7 @@ class Int:
     section 4), the threshold is the highest code, and the signed grid is symmetric.
 
     Attributes:
-      bits: 2 to 8, or 16.
+      bits: 2 to 16.
       signed: whether negative numbers have codes. ``None`` picks at run time: unsigned where the
         whole array is non-negative (as after a ReLU), signed elsewhere.
       narrow: whether the threshold is itself a code.
@@ -71,7 +104,7 @@ class Int:
 
     def __post_init__(self) -> None:
         if self.bits not in _BITS:
-            raise ValueError(f"Int has 2 to 8 or 16 bits, not {self.bits!r}")
+            raise ValueError(f"Int has 2 to 16 bits, not {self.bits!r}")
         if self.signed not in (True, False, None):
             raise ValueError(
                 f"signed is True, False or None (pick from the data), not {self.signed!r}"
@@ -101,13 +134,133 @@ class Int:
     def code_dtype(self) -> DTypeLike:
         """The narrowest NumPy integer that holds every code."""
         if self.signed is None:  # both ranges: one bit more than either
-            return jnp.int8 if self.bits < 8 else jnp.int16 if self.bits == 8 else jnp.int32
+            return jnp.int8 if self.bits < 8 else jnp.int16 if self.bits < 16 else jnp.int32
         small = self.bits <= 8
         if self.signed:
             return jnp.int8 if small else jnp.int16
         return jnp.uint8 if small else jnp.uint16
 
+    @property
+    def midpoints(self) -> np.ndarray:
+        """0.5, 1.5, … up to the middle between the two outermost codes of the longer side."""
+        grids = [self._grid(signed) for signed in (True, False) if self.signed in (signed, None)]
+        return np.arange(max(max(-grid.low, grid.high) for grid in grids)) + 0.5
+
     def _grid(self, signed: bool) -> Grid:
         highest = 2.0 ** (self.bits - signed) - 1
         steps = highest if self.narrow else highest + 1
         return Grid(-steps if signed else 0.0, highest, steps)
+
+
+class FloatGrid(NamedTuple):
+    """The codes of a floating-point format: its own numbers, subnormal ones included.
+
+    Attributes:
+      high: the largest number; the lowest is its negative.
+      min_exponent: the exponent of the smallest normal number.
+      mantissa: explicit bits of the mantissa.
+    """
+
+    high: float
+    min_exponent: int
+    mantissa: int
+
+    @property
+    def steps(self) -> float:
+        """L: the threshold is the largest number."""
+        return self.high
+
+    def round(self, codes: jax.Array) -> jax.Array:
+        """Round to the nearest number, ties to an even mantissa, saturating; NaN stays NaN."""
+        codes = jnp.clip(codes, -self.high, self.high)
+        _, exponent = jnp.frexp(codes)  # |codes| = m 2**exponent with m in [0.5, 1)
+        spacing = jnp.maximum(exponent - 1, self.min_exponent) - self.mantissa
+        # Powers of two: neither product rounds.
+        return _times_power_of_two(jnp.round(_times_power_of_two(codes, -spacing)), spacing)
+
+
+@dataclasses.dataclass(frozen=True)
+class Float:
+    """Small floating-point numbers of the OCP formats: a sign, an exponent, a mantissa.
+
+    ============  =====  ===============================  ==========================
+    format        name   largest, smallest normal, least  specials
+    ============  =====  ===============================  ==========================
+    Float(2, 1)   E2M1   6, 1, 0.5                        none
+    Float(2, 3)   E2M3   7.5, 1, 0.125                    none
+    Float(3, 2)   E3M2   28, 0.25, 0.0625                 none
+    Float(4, 3)   E4M3   448, 2**-6, 2**-9                NaN, no infinity
+    Float(5, 2)   E5M2   57344, 2**-14, 2**-16            NaN, infinity
+    ============  =====  ===============================  ==========================
+
+    Numbers beyond the largest saturate. Source: OCP Microscaling Formats (MX) Specification 1.0,
+    section 5.3, and OCP 8-bit Floating Point Specification 1.0.
+
+    Attributes:
+      exponent: bits of the exponent.
+      mantissa: explicit bits of the mantissa.
+
+    Example:
+      >>> Float(2, 1).grid(jnp.zeros(1)).round(jnp.array([0.3, 2.5, 5.1, 100.0]))
+      Array([0.5, 2. , 6. , 6. ], dtype=float32)
+    """
+
+    exponent: int
+    mantissa: int
+
+    def __post_init__(self) -> None:
+        if (self.exponent, self.mantissa) not in _LARGEST:
+            known = ", ".join(f"Float({e}, {m})" for e, m in _LARGEST)
+            raise ValueError(
+                f"there is no Float({self.exponent}, {self.mantissa}): choose one of {known}"
+            )
+
+    @property
+    def bits(self) -> int:
+        """Bits a code, with the sign's."""
+        return 1 + self.exponent + self.mantissa
+
+    def grid(self, x: jax.Array) -> FloatGrid:
+        """The numbers of the format, whatever x."""
+        del x
+        return self._grid
+
+    def magnitude(self, x: jax.Array) -> jax.Array:
+        """|x|."""
+        return jnp.abs(x)
+
+    def lower(self, threshold: jax.Array) -> jax.Array:
+        """-s."""
+        return -threshold
+
+    @property
+    def code_dtype(self) -> DTypeLike:
+        """E5M2 or E4M3: the latter holds all shorter formats, which JAX cannot compute with."""
+        return jnp.float8_e5m2 if self.exponent == 5 else jnp.float8_e4m3fn
+
+    @property
+    def midpoints(self) -> np.ndarray:
+        """The middles between neighbouring numbers from 0 to the largest."""
+        exponents = np.arange(self._grid.min_exponent, np.frexp(self._grid.high)[1])
+        mantissas = np.arange(2**self.mantissa) / 2**self.mantissa
+        normal = (2.0 ** exponents[:, None] * (1 + mantissas)).ravel()
+        numbers = np.concatenate([2.0**self._grid.min_exponent * mantissas, normal])
+        numbers = numbers[numbers <= self._grid.high]
+        return (numbers[1:] + numbers[:-1]) / 2
+
+    @property
+    def _grid(self) -> FloatGrid:
+        bias = 2 ** (self.exponent - 1) - 1
+        return FloatGrid(_LARGEST[self.exponent, self.mantissa], 1 - bias, self.mantissa)
+
+
+_LARGEST = {(2, 1): 6.0, (2, 3): 7.5, (3, 2): 28.0, (4, 3): 448.0, (5, 2): 57344.0}
+
+
+def _times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """x 2**exponent, exactly; exponents of -100 to 100."""
+    if x.dtype == jnp.float64:
+        bits = (exponent.astype(jnp.int64) + 1023) << 52
+    else:
+        bits = (exponent.astype(jnp.int32) + 127) << 23
+    return x * lax.bitcast_convert_type(bits, x.dtype)

@@ -50,7 +50,7 @@ def gradient_rule(gradient: str | GradientRule) -> GradientRule:
 
 def with_gradient(
     forward: Callable[[jax.Array, jax.Array], jax.Array],
-    lower: Callable[[jax.Array], jax.Array],
+    bounds: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
     gradient: str | GradientRule,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Give ``forward(x, threshold)`` the backward pass of a rule.
@@ -60,7 +60,8 @@ def with_gradient(
 
     Args:
       forward: maps x and its thresholds to an array of x's shape and dtype.
-      lower: maps thresholds to the least unclipped numbers.
+      bounds: maps x and its thresholds to the least and the largest unclipped number, each
+        broadcastable to x.
       gradient: a rule or its name.
 
     Returns:
@@ -77,7 +78,7 @@ def with_gradient(
 
     def backward_pass(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         x, threshold = residuals
-        return rule(x, lower(threshold), threshold, g), jnp.zeros_like(threshold)
+        return rule(x, *bounds(x, threshold), g), jnp.zeros_like(threshold)
 
     function.defvjp(forward_pass, backward_pass)
     return function

@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from qat_jax import ops
 from qat_jax.diagnostics import fake_quant_with_diagnostics
+from qat_jax.granularity import ChannelAxis, VectorAxis
 from qat_jax.policy import Policy, Rule, preset_for_layers
 from qat_jax.quantizer import Quantizer
 from qat_jax.report import LayerReport, Report
@@ -126,14 +127,14 @@ def _conv(module: Any, rule: Rule, args: tuple, kwargs: dict) -> dict[str, Any]:
 def _conv_transpose(module: Any, rule: Rule, args: tuple, kwargs: dict) -> dict[str, Any]:
     # Transposed, a kernel's last two axes are (out, in) instead of (in, out).
     kernel_axis = -2 if module.transpose_kernel else -1
-    return _promotion(module, rule, lambda x, kernel: (0, kernel_axis))
+    input_features = ops.OperandAxes((0,), (-1,))
+    kernel = ops.OperandAxes((kernel_axis,), (-3 - kernel_axis,))
+    return _promotion(module, rule, lambda x, w: (input_features, kernel))
 
 
 def _einsum(module: Any, rule: Rule, args: tuple, kwargs: dict) -> dict[str, Any]:
     subscripts = kwargs.get("einsum_str", args[1] if len(args) > 1 else None) or module.einsum_str
-    return _promotion(
-        module, rule, lambda x, kernel: ops.surviving_axes(subscripts, x.ndim, kernel.ndim)
-    )
+    return _promotion(module, rule, lambda x, w: ops.operand_axes(subscripts, x.ndim, w.ndim))
 
 
 def _attention(module: Any, rule: Rule, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -165,7 +166,7 @@ def _attention(module: Any, rule: Rule, args: tuple, kwargs: dict) -> dict[str, 
 def _promotion(
     module: Any,
     rule: Rule,
-    channel_axes: Callable[[jax.Array, jax.Array], tuple[Any, Any]],
+    axes: Callable[[jax.Array, jax.Array], tuple[ops.OperandAxes, ops.OperandAxes]],
 ) -> dict[str, Any]:
     """Quantise input and kernel where a layer promotes them to a common dtype."""
     lhs, rhs = _operands(module, rule)
@@ -173,9 +174,9 @@ def _promotion(
 
     def promote(*arrays: Any, **kwargs: Any) -> tuple:
         x, kernel, bias = promote_dtype(*arrays, **kwargs)
-        x_axes, kernel_axes = channel_axes(x, kernel)
-        x = x if lhs is None else lhs(x, channel_axis=x_axes)
-        kernel = kernel if rhs is None else rhs(kernel, channel_axis=kernel_axes)
+        x_axes, kernel_axes = axes(x, kernel)
+        x = x if lhs is None else lhs(x, *x_axes)
+        kernel = kernel if rhs is None else rhs(kernel, *kernel_axes)
         return x, kernel, bias
 
     return {"promote_dtype": promote}
@@ -200,10 +201,14 @@ class _Operand:
     quantizer: Quantizer
     name: str
 
-    def __call__(self, x: jax.Array, channel_axis: Any = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
+    ) -> jax.Array:
         if not self.module.is_mutable_collection(COLLECTION):
-            return self.quantizer(x, channel_axis)
-        x, diagnostics = fake_quant_with_diagnostics(x, self.quantizer, channel_axis=channel_axis)
+            return self.quantizer(x, channel_axis, vector_axis)
+        x, diagnostics = fake_quant_with_diagnostics(
+            x, self.quantizer, channel_axis=channel_axis, vector_axis=vector_axis
+        )
         self.module.sow(COLLECTION, self.name, diagnostics)
         return x
 

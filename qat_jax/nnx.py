@@ -6,7 +6,7 @@
 injected are NNX modules themselves, so that quantisers can sow diagnostics and hold state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +18,9 @@ from jax import lax
 
 from qat_jax import ops
 from qat_jax.diagnostics import Diagnostics, fake_quant_with_diagnostics
-from qat_jax.granularity import ChannelAxis
+from qat_jax.granularity import ChannelAxis, VectorAxis
 from qat_jax.policy import Policy, Rule, preset_for_layers
-from qat_jax.quantizer import Quantizer
+from qat_jax.quantizer import Quantizer, fake_quant, quantize
 from qat_jax.report import LayerReport, Report
 
 
@@ -28,21 +28,47 @@ class Diagnostic(nnx.Variable):
     """The type under which quantisers sow their `Diagnostics`: see `diagnostics_by_layer`."""
 
 
+class Candidate(nnx.Variable):
+    """The type under which quantisers sow the threshold that they find in their operand.
+
+    A forward pass that is captured with it quantises nothing: see `calibration`.
+    """
+
+
+class Codes(nnx.Variable):
+    """The type under which quantisers sow their operand as a `QTensor`."""
+
+
+class Threshold(nnx.Variable):
+    """Thresholds that were frozen into the model: part of its state, and no parameter."""
+
+
 class OperandQuantizer(nnx.Module):
     """Quantises one operand of one layer.
 
     Attributes:
       quantizer: the description (static).
+      threshold: thresholds found before (see `calibration`); None: found anew in each call.
     """
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
+        self.threshold: Threshold | None = nnx.data(None)
 
-    def __call__(self, x: jax.Array, channel_axis: ChannelAxis = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
+    ) -> jax.Array:
         """Fake quantisation of x."""
-        if not _captures(self):
-            return self.quantizer(x, channel_axis)
-        x, diagnostics = fake_quant_with_diagnostics(x, self.quantizer, channel_axis=channel_axis)
+        axes: dict[str, Any] = {"channel_axis": channel_axis, "vector_axis": vector_axis}
+        if _captures(self, Candidate):
+            self.sow(Candidate, "candidates", self.quantizer.threshold(x, **axes))
+            return x
+        frozen = None if self.threshold is None else self.threshold.get_value()
+        if _captures(self, Codes):
+            self.sow(Codes, "codes", quantize(x, self.quantizer, **axes, threshold=frozen))
+        if not _captures(self, Diagnostic):
+            return fake_quant(x, self.quantizer, **axes, threshold=frozen)
+        x, diagnostics = fake_quant_with_diagnostics(x, self.quantizer, **axes, threshold=frozen)
         self.sow(Diagnostic, "diagnostics", diagnostics)
         return x
 
@@ -71,14 +97,16 @@ class QuantizedPromotion(nnx.Module):
 
     Attributes:
       promote: the layer's own promotion (static).
-      kernel_channel_axis: the axis of the output features in the kernel (static).
+      kernel_axes: the axes of the output and of the input features in the kernel (static).
       activations: quantiser of the input, or None.
       weights: quantiser of the kernel, or None.
     """
 
-    def __init__(self, promote: Callable[..., tuple], kernel_channel_axis: int, rule: Rule) -> None:
+    def __init__(
+        self, promote: Callable[..., tuple], kernel_axes: tuple[int, int], rule: Rule
+    ) -> None:
         self.promote = promote
-        self.kernel_channel_axis = kernel_channel_axis
+        self.kernel_axes = kernel_axes
         self.activations = _operand(rule.activations)
         self.weights = _operand(rule.weights)
 
@@ -86,9 +114,9 @@ class QuantizedPromotion(nnx.Module):
         """Promote (input, kernel, bias) to a common dtype, then quantise the first two."""
         x, kernel, bias = self.promote(arrays, **kwargs)
         if self.activations is not None:
-            x = self.activations(x, channel_axis=0)
+            x = self.activations(x, channel_axis=0, vector_axis=-1)
         if self.weights is not None:
-            kernel = self.weights(kernel, channel_axis=self.kernel_channel_axis)
+            kernel = self.weights(kernel, *self.kernel_axes)
         return x, kernel, bias
 
 
@@ -121,8 +149,8 @@ class QuantizedAttention(nnx.Module):
     ) -> jax.Array:
         """Attention over [batch…, length, heads, depth], as ``nnx.dot_product_attention``."""
         all_but_depth = tuple(range(query.ndim - 1))
-        query = self.query(query, channel_axis=all_but_depth)
-        key = self.key(key, channel_axis=all_but_depth)
+        query = self.query(query, channel_axis=all_but_depth, vector_axis=-1)
+        key = self.key(key, channel_axis=all_but_depth, vector_axis=-1)
         weights = dot_product_attention_weights(query, key, precision=precision, **kwargs)
         # Grouped queries: as many heads of values as of queries.
         value = jnp.repeat(value, weights.shape[-3] // value.shape[-2], axis=-2)
@@ -217,16 +245,49 @@ def diagnostics_by_layer(captured: nnx.State) -> dict[str, Diagnostics]:
       >>> sorted(diagnostics_by_layer(captured))
       ['layers/0/activations', 'layers/0/weights']
     """
+    return captured_by_operand(captured, Diagnostics)
+
+
+def captured_by_operand(captured: nnx.State, kind: type | None = None) -> dict[str, Any]:
+    """What quantisers sowed, by ``"path of the layer/operand"``.
+
+    Args:
+      captured: the second result of a function wrapped in ``nnx.capture``.
+      kind: the type of what was sown, if that is a tree; arrays if None.
+
+    Returns:
+      See `diagnostics_by_layer`.
+    """
     found = {}
-    leaves = jax.tree.leaves_with_path(
-        nnx.to_pure_dict(captured), is_leaf=lambda x: isinstance(x, Diagnostics)
-    )
-    hooks = {hook.attribute for hook in _HOOKS}
-    for keys, diagnostics in leaves:
-        names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in keys]
-        *path, _, run = [name for name in names if name not in hooks]
-        found["/".join(path if run == "0" else [*path, run])] = diagnostics
+    is_leaf = None if kind is None else lambda x: isinstance(x, kind)
+    leaves = jax.tree.leaves_with_path(nnx.to_pure_dict(captured), is_leaf=is_leaf)
+    for keys, sown in leaves:
+        *path, _, run = (str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
+        found[_operand_path(path) + ("" if run == "0" else f"/{run}")] = sown
     return found
+
+
+def operand_quantizers(model: nnx.Module) -> dict[str, OperandQuantizer]:
+    """The quantisers of a model by ``"path of the layer/operand"``, in order of definition.
+
+    Args:
+      model: a quantised model.
+
+    Returns:
+      The modules themselves, not copies.
+    """
+    sites = [site.path for site in _sites(model)]
+    found = [
+        (_operand_path(map(str, path)), node)
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, OperandQuantizer)
+    ]
+    return dict(sorted(found, key=lambda item: sites.index(item[0].rpartition("/")[0])))
+
+
+def _operand_path(path: Iterable[str]) -> str:
+    hooks = {hook.attribute for hook in _HOOKS}
+    return "/".join(name for name in path if name not in hooks)
 
 
 class _Hook(NamedTuple):
@@ -270,7 +331,7 @@ _HOOKS = (
         (promote_dtype,),
         # Transposed, a kernel's last two axes are (out, in) instead of (in, out).
         lambda layer, rule: QuantizedPromotion(
-            layer.promote_dtype, -2 if layer.transpose_kernel else -1, rule
+            layer.promote_dtype, (-2, -1) if layer.transpose_kernel else (-1, -2), rule
         ),
     ),
     _Hook(
@@ -358,6 +419,6 @@ def _operand(quantizer: Quantizer | None) -> OperandQuantizer | None:
     return None if quantizer is None else OperandQuantizer(quantizer)
 
 
-def _captures(module: nnx.Module) -> bool:
-    """Whether an ``nnx.capture`` listens to diagnostics: else sowing them would be wasted."""
-    return any(type(variable) is Diagnostic for variable in getattr(module, "__captures__", ()))
+def _captures(module: nnx.Module, kind: type[nnx.Variable]) -> bool:
+    """Whether an ``nnx.capture`` listens to a type: else sowing it would be wasted."""
+    return any(type(variable) is kind for variable in getattr(module, "__captures__", ()))

@@ -1,12 +1,15 @@
 """Quantised operations: the signatures of ``jax.lax`` and a quantiser for each operand.
 
 The arrays are positional; the keywords ``lhs`` and ``rhs`` take a `Quantizer`, any other function
-of (x, channel_axis), or None to leave the operand as it is. Each operation tells the quantiser
-which axes of its operand survive the contraction: these are the axes whose scales can be taken
-out of the sum, and so the channels of ``PerChannel``.
+of (x, channel_axis, vector_axis), or None to leave the operand as it is. Each operation tells the
+quantiser which axes of its operand survive the contraction: these are the axes whose scales can be
+taken out of the sum, and so the channels of ``PerChannel``. It also says along which contracted
+axis the vectors of ``PerVector`` lie, the same dimension in both operands: a part of the sum that
+is shorter than a vector has one scale a side (arXiv:2102.04503, equation 5).
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +40,9 @@ def dot_general(
       precision: of the product.
       preferred_element_type: of the accumulator and the result.
       out_sharding: of the result.
-      lhs: quantiser of x. Channels: the batch axes and the free axes of x.
-      rhs: quantiser of w. Channels: the batch axes and the free axes of w.
+      lhs: quantiser of x. Channels: the batch axes and the free axes of x; vectors: along the
+        last contracted axis.
+      rhs: quantiser of w, likewise.
 
     Returns:
       The product, of the same shape and dtype as without quantisers.
@@ -51,8 +55,8 @@ def dot_general(
       (2, 5)
     """
     (x_contracted, w_contracted), _ = dimension_numbers
-    x = _quantized(x, lhs, _others(x_contracted, jnp.ndim(x)))
-    w = _quantized(w, rhs, _others(w_contracted, jnp.ndim(w)))
+    x = _quantized(x, lhs, _others(x_contracted, jnp.ndim(x)), x_contracted[-1:])
+    w = _quantized(w, rhs, _others(w_contracted, jnp.ndim(w)), w_contracted[-1:])
     return lax.dot_general(
         x, w, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding
     )
@@ -91,15 +95,18 @@ def conv_general_dilated(
       precision: of the products.
       preferred_element_type: of the accumulator and the result.
       out_sharding: of the result.
-      lhs: quantiser of x. Channels: the batch axis.
-      rhs: quantiser of w. Channels: the output features.
+      lhs: quantiser of x. Channels: the batch axis; vectors: along the input features, within
+        their feature group.
+      rhs: quantiser of w. Channels: the output features; vectors: along the input features, or
+        through the window of a depthwise kernel, which has one input feature.
 
     Returns:
       The convolution, of the same shape and dtype as without quantisers.
     """
     spec = lax.conv_dimension_numbers(jnp.shape(x), jnp.shape(w), dimension_numbers)
-    x = _quantized(x, lhs, spec.lhs_spec[:1])
-    w = _quantized(w, rhs, spec.rhs_spec[:1])
+    x = _in_feature_groups(x, lhs, spec.lhs_spec, jnp.shape(w)[spec.rhs_spec[1]])
+    depthwise = feature_group_count > 1 and jnp.shape(w)[spec.rhs_spec[1]] == 1
+    w = _quantized(w, rhs, spec.rhs_spec[:1], spec.rhs_spec[2:] if depthwise else spec.rhs_spec[1:2])
     return lax.conv_general_dilated(
         x,
         w,
@@ -137,17 +144,18 @@ def einsum(
       precision: of the product.
       preferred_element_type: of the accumulator and the result.
       out_sharding: of the result.
-      lhs: quantiser of x. Channels: its axes that are in the output.
-      rhs: quantiser of w. Channels: its axes that are in the output.
+      lhs: quantiser of x. Channels: its axes that are in the output; vectors: along the last of
+        the axes of x that both operands have and the output has not.
+      rhs: quantiser of w, likewise; the vectors run along the same dimension.
 
     Returns:
       The product, of the same shape and dtype as without quantisers.
     """
-    x_axes, w_axes = surviving_axes(subscripts, jnp.ndim(x), jnp.ndim(w))
+    x_axes, w_axes = operand_axes(subscripts, jnp.ndim(x), jnp.ndim(w))
     return jnp.einsum(
         subscripts,
-        _quantized(x, lhs, x_axes),
-        _quantized(w, rhs, w_axes),
+        _quantized(x, lhs, *x_axes),
+        _quantized(w, rhs, *w_axes),
         precision=precision,
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
@@ -155,19 +163,50 @@ def einsum(
 
 
 def _quantized(
-    x: jax.Array, quantizer: QuantizeFn | None, channel_axis: Sequence[int]
+    x: jax.Array,
+    quantizer: QuantizeFn | None,
+    channel_axis: Sequence[int],
+    vector_axis: Sequence[int],
 ) -> jax.Array:
-    return x if quantizer is None else quantizer(x, channel_axis=tuple(channel_axis))
+    if quantizer is None:
+        return x
+    return quantizer(x, channel_axis=tuple(channel_axis), vector_axis=tuple(vector_axis) or None)
+
+
+def _in_feature_groups(
+    x: jax.Array, quantizer: QuantizeFn | None, spec: Sequence[int], group_size: int
+) -> jax.Array:
+    """Quantise a convolution's input so that no vector reaches from one feature group to the next.
+
+    A depthwise convolution has groups of one feature. Its input is not cut: there each product has
+    a scale product of its own anyway, and a vector saves storage.
+    """
+    batch, feature, *_ = spec
+    if quantizer is None or group_size in (1, x.shape[feature]):
+        return _quantized(x, quantizer, (batch,), (feature,))
+    grouped = x.reshape(*x.shape[:feature], -1, group_size, *x.shape[feature + 1 :])
+    batch += batch > feature
+    return _quantized(grouped, quantizer, (batch,), (feature + 1,)).reshape(x.shape)
 
 
 def _others(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
     return tuple(axis for axis in range(ndim) if axis not in axes)
 
 
-def surviving_axes(
-    subscripts: str, x_ndim: int, w_ndim: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of either operand of an einsum that are in its output.
+class OperandAxes(NamedTuple):
+    """What an einsum does with the axes of an operand.
+
+    Attributes:
+      channel_axis: the axes that are in the output.
+      vector_axis: the axis along which vectors lie, alone; nothing where none is contracted.
+    """
+
+    channel_axis: tuple[int, ...]
+    vector_axis: tuple[int, ...]
+
+
+def operand_axes(subscripts: str, x_ndim: int, w_ndim: int) -> tuple[OperandAxes, OperandAxes]:
+    """The axes of either operand of an einsum that survive it, and those of their vectors.
 
     Args:
       subscripts: of two operands.
@@ -178,8 +217,8 @@ def surviving_axes(
       The axes of the left operand and those of the right one.
 
     Example:
-      >>> surviving_axes("...qhd,...khd->...hqk", 4, 4)
-      ((0, 1, 2), (0, 1, 2))
+      >>> operand_axes("...qhd,...khd->...hqk", 4, 4)[0]
+      OperandAxes(channel_axis=(0, 1, 2), vector_axis=(3,))
     """
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     terms = inputs.split(",")
@@ -187,11 +226,14 @@ def surviving_axes(
         raise ValueError(f"einsum takes two operands here, {subscripts!r} names {len(terms)}")
     if not arrow:  # implicit output: the labels that occur once, and the ellipsis
         output = "..." + "".join(c for c in inputs if inputs.count(c) == 1 and c.isalpha())
+    contracted = [c for c in terms[0] if c.isalpha() and c in terms[1] and c not in output]
 
-    def surviving(term: str, ndim: int) -> tuple[int, ...]:
+    def axes(term: str, ndim: int) -> OperandAxes:
         before, ellipsis, after = term.partition("...")
         dots = ndim - len(before) - len(after) if ellipsis else 0
-        kept = [c in output for c in before] + [True] * dots + [c in output for c in after]
-        return tuple(axis for axis, keep in enumerate(kept) if keep)
+        labels = [*before, *["..."] * dots, *after]
+        surviving = [axis for axis, label in enumerate(labels) if label in output]
+        vectors = [axis for axis, label in enumerate(labels) if label in contracted[-1:]]
+        return OperandAxes(tuple(surviving), tuple(vectors))
 
-    return surviving(terms[0], x_ndim), surviving(terms[1], w_ndim)
+    return axes(terms[0], x_ndim), axes(terms[1], w_ndim)

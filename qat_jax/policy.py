@@ -3,11 +3,14 @@
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from qat_jax.clipping import AbsMax, Clipping, Octav
-from qat_jax.formats import Int
-from qat_jax.granularity import PerChannel, PerTensor
+from qat_jax.formats import Float, Format, Int
+from qat_jax.granularity import Granularity, PerChannel, PerTensor, PerVector
+from qat_jax.notation import Notation
 from qat_jax.quantizer import Quantizer
+from qat_jax.scales import E4M3, E8M0, FloatScale, IntScale, Scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,77 @@ class Rule:
         except re.error as error:
             raise ValueError(f"{self.pattern!r} is not a regular expression: {error}") from None
 
+    @classmethod
+    def from_notation(
+        cls,
+        pattern: str,
+        notation: str,
+        *,
+        vector_size: int = 16,
+        weight_clipping: Clipping | None = None,
+        activation_clipping: Clipping | None = None,
+        scale: IntScale | None = None,
+        gradient: str = "ste",
+    ) -> "Rule":
+        """The quantisers that VS-Quant's notation names (arXiv:2102.04503, section 5).
+
+        Grids are narrow. Integer scales have their coarse scale for each output channel of a
+        weight and for the whole of an activation.
+
+        Args:
+          pattern: see `Rule`.
+          notation: W/A/ws/as, such as "4/4U/4/6": see `Notation`.
+          vector_size: V, the elements of a vector.
+          weight_clipping: of weights, the maximum if None, as in the paper.
+          activation_clipping: of activations, likewise.
+          scale: the other choices of the integer scales, its bits and coarse groups aside; the
+            paper's if None.
+          gradient: of both; "mph" is MAD for weights and PWL for activations.
+
+        Returns:
+          The rule.
+
+        Raises:
+          ValueError: the notation cannot be read.
+        """
+        parsed = Notation.parse(notation)
+
+        def quantizer(
+            format: Int,
+            stored: int | str | None,
+            otherwise: Granularity,
+            clipping: Clipping | None,
+            gradient: str,
+        ) -> Quantizer:
+            clipping = AbsMax() if clipping is None else clipping
+            if stored is None:
+                return Quantizer(format, otherwise, clipping, gradient)
+            rule: Scale = (
+                dataclasses.replace(scale or IntScale(4), bits=stored, coarse=otherwise)
+                if isinstance(stored, int)
+                else FloatScale(stored)  # type: ignore[arg-type]
+            )
+            return Quantizer(format, PerVector(vector_size), clipping, gradient, rule)
+
+        weight_gradient, activation_gradient = _gradients(gradient)
+        return cls(
+            pattern,
+            weights=quantizer(
+                Int(parsed.weight_bits, narrow=True),
+                parsed.weight_scale,
+                PerChannel(),
+                weight_clipping,
+                weight_gradient,
+            ),
+            activations=quantizer(
+                Int(parsed.activation_bits, signed=None if parsed.unsigned else True, narrow=True),
+                parsed.activation_scale,
+                PerTensor(),
+                activation_clipping,
+                activation_gradient,
+            ),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -53,6 +127,36 @@ class Policy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
+
+    @classmethod
+    def from_notation(
+        cls,
+        notation: str,
+        *,
+        first: str | None = None,
+        last: str | None = None,
+        edges: str = "8/8U",
+        **options: Any,
+    ) -> "Policy":
+        """The policy that VS-Quant's notation names.
+
+        Args:
+          notation: W/A/ws/as of every layer but the ends, such as "4/4U/4/6": see `Notation`.
+          first: pattern of the first convolution, if it is to follow ``edges``.
+          last: pattern of the classifier, likewise.
+          edges: notation of these two, clipped at the maximum.
+          **options: of `Rule.from_notation`.
+
+        Returns:
+          A policy that covers every layer.
+
+        Example:
+          >>> rule = Policy.from_notation("4/4U/4/6").rules[0]
+          >>> rule.weights.granularity, rule.weights.scale.bits, rule.activations.scale.bits
+          (PerVector(size=16), 4, 6)
+        """
+        ends = [Rule.from_notation(end, edges) for end in (first, last) if end is not None]
+        return cls([*ends, Rule.from_notation(".*", notation, **options)])
 
     def place(self, paths: Sequence[str]) -> dict[str, Rule]:
         """The rule of each path that has one.
@@ -118,9 +222,7 @@ def uniform_policy(
     """
     clipping = Octav() if clipping is None else clipping
     edge_clipping = clipping if edge_clipping is None else edge_clipping
-    weight_gradient, activation_gradient = (
-        ("mad", "pwl") if gradient == "mph" else (gradient, gradient)
-    )
+    weight_gradient, activation_gradient = _gradients(gradient)
 
     def weights(bits: int, granularity: PerChannel | PerTensor, clipping: Clipping) -> Quantizer:
         return Quantizer(Int(bits, narrow=narrow), granularity, clipping, weight_gradient)
@@ -141,14 +243,29 @@ def uniform_policy(
     return Policy([*rules, Rule(".*", between, activations(activation_bits, clipping))])
 
 
+# The block formats: format, vector size, scale.
+_BLOCKS: dict[str, tuple[Format, int, Scale]] = {
+    "nvfp4": (Float(2, 1), 16, E4M3()),
+    "mxfp4": (Float(2, 1), 32, E8M0()),
+    "mxfp6": (Float(2, 3), 32, E8M0()),
+    "mxfp6-e3m2": (Float(3, 2), 32, E8M0()),
+    "mxfp8": (Float(4, 3), 32, E8M0()),
+    "mxfp8-e5m2": (Float(5, 2), 32, E8M0()),
+    "mxint8": (Int(8, narrow=True), 32, E8M0()),
+}
+
+
 def preset(name: str, *, first: str | None = None, last: str | None = None) -> Policy:
-    """A named policy: ``octav-w4a4``, ``max-w8a8``, ``octav-w2a3-ste``, ….
+    """A named policy: ``octav-w4a4``, ``max-w8a8``, ``vsquant-4/4U/4/6``, ``nvfp4``, ….
 
     Args:
-      name: ``octav`` or ``max``, then the bits of weights and of activations, then if wanted the
-        gradient (``mph`` if not): see `uniform_policy`.
-      first: pattern of the first convolution, kept at 8 bits.
-      last: pattern of the classifier, kept at 8 bits.
+      name: one of three kinds. ``octav`` or ``max``, then the bits of weights and of activations,
+        then if wanted the gradient (``mph`` if not): see `uniform_policy`. ``vsquant-`` and a
+        `Notation`: see `Policy.from_notation`. ``nvfp4``, ``mxfp4``, ``mxfp6`` (E2M3),
+        ``mxfp6-e3m2``, ``mxfp8`` (E4M3), ``mxfp8-e5m2`` or ``mxint8``: weights and activations
+        of all layers, the ends too, in that block format.
+      first: pattern of the first convolution, kept at 8 bits; block formats do not.
+      last: pattern of the classifier, likewise.
 
     Returns:
       The policy.
@@ -160,11 +277,18 @@ def preset(name: str, *, first: str | None = None, last: str | None = None) -> P
       >>> preset("octav-w4a4", first="stem", last="head").rules[0].weights.format.bits
       8
     """
+    if name in _BLOCKS:
+        format, size, scale = _BLOCKS[name]
+        block = Quantizer(format, PerVector(size), AbsMax(), "ste", scale)
+        return Policy([Rule(".*", block, block)])
+    if name.startswith("vsquant-"):
+        return Policy.from_notation(name.removeprefix("vsquant-"), first=first, last=last)
     match = re.fullmatch(r"(octav|max)-w(\d+)a(\d+)(?:-(mph|mad|pwl|ste))?", name)
     if match is None:
         raise ValueError(
             f"no preset {name!r}: write octav-w4a4 or max-w4a4 with bits of your own, and a "
-            "gradient if you like, as in octav-w4a4-ste (mph, mad, pwl or ste)"
+            "gradient if you like, as in octav-w4a4-ste (mph, mad, pwl or ste); "
+            f"vsquant-4/4U/4/6; or {', '.join(_BLOCKS)}"
         )
     clipping, weight_bits, activation_bits, gradient = match.groups()
     return uniform_policy(
@@ -175,6 +299,11 @@ def preset(name: str, *, first: str | None = None, last: str | None = None) -> P
         first=first,
         last=last,
     )
+
+
+def _gradients(gradient: str) -> tuple[str, str]:
+    """Of weights and of activations."""
+    return ("mad", "pwl") if gradient == "mph" else (gradient, gradient)
 
 
 def preset_for_layers(name: str, convolutions: Sequence[str], linears: Sequence[str]) -> Policy:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qat_jax.clipping import Clipping, Octav, accumulation_dtype
-from qat_jax.formats import Int
+from qat_jax.formats import Format, Int
 from qat_jax.gradients import GradientRule, gradient_rule, with_gradient
-from qat_jax.granularity import ChannelAxis, Granularity, PerTensor
+from qat_jax.granularity import ChannelAxis, Granularity, Groups, PerTensor, VectorAxis
+from qat_jax.scales import FloatScale, Scale, StoredScale, reciprocal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +20,14 @@ class Quantizer:
     """How to quantise an array: a hashable value, safe as a static argument of ``jax.jit``.
 
     Calling it is `fake_quant`, so that it can stand wherever an operation of ``ops`` takes a
-    function of (x, channel_axis).
+    function of (x, channel_axis, vector_axis).
 
     Attributes:
       format: which numbers exist.
       granularity: which elements share a scale.
       clipping: how the threshold is found.
       gradient: what the backward pass believes: "ste", "pwl", "mad" or a rule of ``gradients``.
+      scale: how the scales are stored.
 
     Example:
       >>> w4 = Quantizer(Int(4), granularity=PerTensor(), clipping=Octav(), gradient="mad")
@@ -33,42 +35,60 @@ class Quantizer:
       (4,)
     """
 
-    format: Int
+    format: Format
     granularity: Granularity = PerTensor()
     clipping: Clipping = Octav()
     gradient: str | GradientRule = "mad"
+    scale: Scale = FloatScale()
 
     def __post_init__(self) -> None:
         gradient_rule(self.gradient)
 
-    def __call__(self, x: jax.Array, channel_axis: ChannelAxis = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
+    ) -> jax.Array:
         """Fake quantisation of x: see `fake_quant`."""
-        return fake_quant(x, self, channel_axis=channel_axis)
+        return fake_quant(x, self, channel_axis=channel_axis, vector_axis=vector_axis)
 
-    def threshold(self, x: jax.Array, channel_axis: ChannelAxis = None) -> jax.Array:
-        """The clipping threshold of each group of x, keeping x's dimensions."""
+    def threshold(
+        self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
+    ) -> jax.Array:
+        """The clipping threshold of each group of x, compact (see `Groups.reduce`)."""
         x = jnp.asarray(x)
-        axes = self.granularity.group_axes(x.ndim, channel_axis)
-        return self.clipping.threshold(x, self.format, axes)
+        groups = self.granularity.groups(x.ndim, channel_axis, vector_axis)
+
+        def search(format: Format) -> jax.Array:
+            return groups.reduce(x, lambda x, axes: self.clipping.threshold(x, format, axes))
+
+        if groups.has_rest(x.shape) and isinstance(self.format, Int) and self.format.signed is None:
+            # Whole and shorter vectors are searched apart; the sign is that of all of x.
+            signed, unsigned = (
+                search(dataclasses.replace(self.format, signed=signed)) for signed in (True, False)
+            )
+            return jnp.where(jnp.any(x < 0), signed, unsigned)
+        return search(self.format)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QTensor:
-    """A quantised array: integer codes and their scale. A pytree.
+    """A quantised array: codes and their scales. A pytree.
 
     Attributes:
-      codes: integers of the original shape.
-      scale: the step between neighbouring codes, float32 (float64 for a float64 original), of the
-        same number of dimensions as ``codes`` and length 1 along axes that share a scale. NaN for
-        a group that held NaN or infinity.
+      codes: numbers of the format, of the original shape.
+      scale: the steps between codes as they are stored: one for each group, with as many
+        dimensions as ``codes`` (see `Groups.reduce`). NaN for a group that held NaN or infinity.
+      coarse: what the scales are multiples of, or None; NaN instead of integer scales.
       format: the format of the codes (static).
+      groups: which codes share a scale (static).
       dtype: of the original array (static).
     """
 
     codes: jax.Array
     scale: jax.Array
-    format: Int = dataclasses.field(metadata={"static": True})
+    coarse: jax.Array | None
+    format: Format = dataclasses.field(metadata={"static": True})
+    groups: Groups = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
 
     @property
@@ -82,6 +102,7 @@ def fake_quant(
     quantizer: Quantizer,
     *,
     channel_axis: ChannelAxis = None,
+    vector_axis: VectorAxis = None,
     threshold: jax.Array | None = None,
 ) -> jax.Array:
     """Quantise and dequantise in one step, with the quantiser's gradient.
@@ -90,11 +111,14 @@ def fake_quant(
       x: floating-point array of any shape; half precision is quantised in float32.
       quantizer: the description.
       channel_axis: the axis or axes with a scale each, for granularities that have them.
-      threshold: use these thresholds, broadcastable to x, instead of searching for them.
+      vector_axis: the axis along which vectors lie, or several adjacent ones, for `PerVector`.
+      threshold: use these thresholds, one for each group or broadcastable to x, instead of
+        searching for them.
 
     Returns:
       An array of x's shape and dtype. A group whose threshold is 0 becomes 0; NaN and infinity
-      become NaN, and so does, with a threshold found from the data, all of their group.
+      become NaN, and so does, with a threshold found from the data, all of their group, and all
+      of their coarse group where scales are quantised.
 
     Example:
       >>> x = jnp.array([-1.0, 0.1, 0.3, 0.9])
@@ -102,11 +126,10 @@ def fake_quant(
       Array([-0.75,  0.  ,  0.25,  0.75], dtype=float32)
     """
     x = jnp.asarray(x)
-    if threshold is None:
-        threshold = quantizer.threshold(x, channel_axis)
-    else:
-        threshold = jax.lax.stop_gradient(jnp.asarray(threshold, accumulation_dtype(x)))
-    return _fake_quant_at(quantizer.format, quantizer.gradient)(x, threshold)
+    threshold, groups = _grouped(x, quantizer, channel_axis, vector_axis, threshold)
+    # Only coarse scales have channels of their own, and lists cannot be looked up.
+    channels = channel_axis if isinstance(channel_axis, int | None) else tuple(channel_axis)
+    return _fake_quant_at(quantizer, groups, channels)(x, threshold)
 
 
 def quantize(
@@ -114,9 +137,10 @@ def quantize(
     quantizer: Quantizer,
     *,
     channel_axis: ChannelAxis = None,
+    vector_axis: VectorAxis = None,
     threshold: jax.Array | None = None,
 ) -> QTensor:
-    """Quantise to integer codes and a scale. Not differentiable: see `fake_quant`.
+    """Quantise to codes and scales. Not differentiable: see `fake_quant`.
 
     ``dequantize(quantize(x, …))`` equals ``fake_quant(x, …)`` bit for bit for finite x. Integers
     cannot hold a NaN, so a group with a non-finite element gets a NaN scale.
@@ -125,10 +149,11 @@ def quantize(
       x: as for `fake_quant`.
       quantizer: as for `fake_quant`.
       channel_axis: as for `fake_quant`.
+      vector_axis: as for `fake_quant`.
       threshold: as for `fake_quant`.
 
     Returns:
-      Codes of x's shape with their scale.
+      Codes of x's shape with their scales.
 
     Example:
       >>> q = quantize(jnp.array([-1.0, 0.1, 0.3, 0.9]), Quantizer(Int(3)), threshold=1.0)
@@ -136,17 +161,21 @@ def quantize(
       (Array([-4,  0,  1,  3], dtype=int8), Array([0.25], dtype=float32))
     """
     x = jax.lax.stop_gradient(jnp.asarray(x))
-    if threshold is None:
-        threshold = quantizer.threshold(x, channel_axis)
-    threshold = jnp.asarray(threshold, accumulation_dtype(x))
-    threshold = threshold.reshape((1,) * (x.ndim - threshold.ndim) + threshold.shape)
-    shared = tuple(axis for axis in range(x.ndim) if threshold.shape[axis] == 1)
-    codes, step = _codes(x, threshold, quantizer.format)
-    finite = jnp.all(jnp.isfinite(x), axis=shared, keepdims=True)
+    threshold, groups = _grouped(x, quantizer, channel_axis, vector_axis, threshold)
+    threshold = jnp.broadcast_to(threshold, groups.compact_shape(x.shape))
+    # Codes cannot say that an element was not finite: its scale has to.
+    finite = groups.reduce(
+        jnp.isfinite(x), lambda finite, axes: jnp.all(finite, axis=axes, keepdims=True)
+    )
+    threshold = jnp.where(finite, threshold, jnp.nan)
+    codes, scale = _codes(x, threshold, quantizer, groups, channel_axis)
+    codes = jnp.where(jnp.isnan(codes), 0, codes)
     return QTensor(
         codes=codes.astype(quantizer.format.code_dtype),
-        scale=jnp.where(finite, step, jnp.nan),
+        scale=scale.values,
+        coarse=scale.coarse,
         format=quantizer.format,
+        groups=groups,
         dtype=x.dtype,
     )
 
@@ -155,35 +184,61 @@ def dequantize(q: QTensor) -> jax.Array:
     """The real numbers that a quantised array stands for, in its original dtype.
 
     Args:
-      q: codes and scale.
+      q: codes and scales.
 
     Returns:
       Floating-point array of q's shape and dtype.
     """
-    return (q.codes.astype(q.scale.dtype) * q.scale).astype(q.dtype)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    step = q.groups.expand(StoredScale(q.scale, q.coarse).step(dtype), q.shape)
+    return (q.codes.astype(dtype) * step).astype(q.dtype)
 
 
-def _codes(x: jax.Array, threshold: jax.Array, format: Int) -> tuple[jax.Array, jax.Array]:
-    """Codes of x, still as floating point, and the step between them."""
-    grid = format.grid(x)
-    # Products with 1/L, not quotients: compilers may turn a division by a constant into one.
-    step = threshold * (1 / grid.steps)
-    step = jnp.where(jnp.isinf(step), jnp.nan, step)
-    # A step too small for its reciprocal (0 above all) quantises everything to 0. NaN is not less.
-    tiny = jnp.finfo(step.dtype).tiny
-    step = jnp.where(step < tiny, 0, step)
-    per_step = jnp.where(step == 0, 0, 1 / jnp.where(step == 0, 1, step))
+def _grouped(
+    x: jax.Array,
+    quantizer: Quantizer,
+    channel_axis: ChannelAxis,
+    vector_axis: VectorAxis,
+    threshold: jax.Array | None,
+) -> tuple[jax.Array, Groups]:
+    """Thresholds of x's rank, found or given, and the groups that they belong to."""
+    if threshold is None:
+        groups = quantizer.granularity.groups(x.ndim, channel_axis, vector_axis)
+        return quantizer.threshold(x, channel_axis, vector_axis), groups
+    threshold = jax.lax.stop_gradient(jnp.asarray(threshold, accumulation_dtype(x)))
+    threshold = jnp.expand_dims(threshold, range(x.ndim - threshold.ndim))
+    if channel_axis is None and vector_axis is None:  # then the thresholds' own shape says it
+        return threshold, Groups(tuple(a for a in range(x.ndim) if threshold.shape[a] == 1))
+    return threshold, quantizer.granularity.groups(x.ndim, channel_axis, vector_axis)
+
+
+def _codes(
+    x: jax.Array,
+    threshold: jax.Array,
+    quantizer: Quantizer,
+    groups: Groups,
+    channel_axis: ChannelAxis,
+) -> tuple[jax.Array, StoredScale]:
+    """Codes of x, still in the dtype of the computation, and the stored scales."""
+    grid = quantizer.format.grid(x)
+    scale, step = quantizer.scale.store(threshold, grid.steps, channel_axis)
+    per_step = groups.expand(reciprocal(step), x.shape)
     codes = grid.round(x.astype(step.dtype) * per_step)
-    return jnp.where(codes == 0, 0, codes), step  # integers have no -0
+    return jnp.where(codes == 0, 0, codes), scale  # integers have no -0
 
 
 @functools.cache
 def _fake_quant_at(
-    format: Int, gradient: str | GradientRule
+    quantizer: Quantizer, groups: Groups, channel_axis: ChannelAxis
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     def forward(x: jax.Array, threshold: jax.Array) -> jax.Array:
-        codes, step = _codes(x, threshold, format)
+        codes, scale = _codes(x, threshold, quantizer, groups, channel_axis)
+        step = groups.expand(scale.step(threshold.dtype), x.shape)
         # Saturation would make a number of an infinity.
         return jnp.where(jnp.isfinite(x), codes * step, jnp.nan).astype(x.dtype)
 
-    return with_gradient(forward, format.lower, gradient)
+    def bounds(x: jax.Array, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
+        upper = groups.expand(threshold, x.shape)
+        return quantizer.format.lower(upper), upper
+
+    return with_gradient(forward, bounds, quantizer.gradient)

@@ -2,8 +2,10 @@
 
 import dataclasses
 
-from qat_jax.formats import Int
+from qat_jax.formats import Float, Format, Int
+from qat_jax.granularity import Granularity, PerVector
 from qat_jax.quantizer import Quantizer
+from qat_jax.scales import FloatScale, Scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +56,29 @@ def describe(quantizer: Quantizer | None) -> str:
     return " ".join(
         [
             _describe_format(quantizer.format),
-            type(quantizer.granularity).__name__,
+            _describe_granularity(quantizer.granularity),
             type(quantizer.clipping).__name__,
+            *_describe_scale(quantizer.scale),
             gradient if isinstance(gradient, str) else getattr(gradient, "__name__", "custom"),
         ]
     )
 
 
-def _describe_format(format: Int) -> str:
+def _describe_format(format: Format) -> str:
+    if isinstance(format, Float):
+        return f"e{format.exponent}m{format.mantissa}"
+    if not isinstance(format, Int):
+        return type(format).__name__
     kind = {True: "int", False: "uint", None: "auto"}[format.signed]
     return f"{kind}{format.bits}{' narrow' if format.narrow else ''}"
+
+
+def _describe_granularity(granularity: Granularity) -> str:
+    name = type(granularity).__name__
+    return f"{name}({granularity.size})" if isinstance(granularity, PerVector) else name
+
+
+def _describe_scale(scale: Scale) -> list[str]:
+    if scale == FloatScale():
+        return []
+    return [f"{type(scale).__name__}({scale.bits})"]

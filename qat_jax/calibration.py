@@ -1,0 +1,156 @@
+"""Static calibration: thresholds found on sample batches and frozen into a model's state."""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from qat_jax.granularity import PerTensor
+from qat_jax.nnx import Candidate, Threshold, captured_by_operand, operand_quantizers
+
+
+def calibrate(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    operands: str = ".*",
+    pool: bool = False,
+) -> tuple[str, ...]:
+    """Freeze thresholds, in place, that sample batches suggest.
+
+    Each quantiser's own clipping rule finds a candidate in each batch, in a forward pass of the
+    evaluation mode without quantisation; the threshold is the mean of the candidates
+    (arXiv:2206.06501, section 5, which takes 5 batches; 10 for BERT). From then on the quantiser
+    searches for nothing. Calibrating again replaces the thresholds.
+
+    Frozen are the thresholds of weights and of activations with one scale a tensor. A scale for
+    each example, token or vector of an activation has nothing to be learnt from other batches:
+    those stay dynamic.
+
+    Args:
+      model: a quantised NNX model.
+      batches: inputs of the model, one a batch: arrays, or tuples of positional arguments.
+      operands: a regular expression; operands whose whole path (``"layer1/0/conv1/weights"``) it
+        does not match stay as they are.
+      pool: search once in all batches joined instead, which is exact for every rule, at the price
+        of their memory.
+
+    Returns:
+      The paths of the frozen operands.
+
+    Raises:
+      ValueError: there is no batch, or no operand to freeze; the model is then unchanged.
+
+    Example:
+      >>> from qat_jax import quantize_model
+      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+      >>> model = quantize_model(model, "max-w4a4")
+      >>> calibrate(model, [jnp.ones((2, 4)), 3 * jnp.ones((2, 4))])
+      ('layers/0/activations', 'layers/0/weights')
+      >>> model.layers[0].dot_general.activations.threshold[...]
+      Array([[2.]], dtype=float32)
+    """
+    quantizers = {
+        path: quantizer
+        for path, quantizer in operand_quantizers(model).items()
+        if re.fullmatch(operands, path)
+        and (path.endswith("/weights") or isinstance(quantizer.quantizer.granularity, PerTensor))
+    }
+    if not quantizers:
+        raise ValueError(
+            f"no operand to calibrate matches {operands!r}: there are "
+            f"{', '.join(operand_quantizers(model)) or 'none, quantise the model first'}; "
+            "activations need granularity PerTensor()"
+        )
+    batches = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
+    if pool:
+        joined = tuple(jnp.concatenate(parts) for parts in zip(*batches, strict=True))
+        batches = [joined] if joined else []
+    observe = _observer(model)
+    total: dict[str, jax.Array] = {}
+    count = 0
+    for count, batch in enumerate(batches, start=1):
+        candidates = observe(*batch)
+        for path in quantizers:
+            if path in candidates:
+                total[path] = total.get(path, 0) + candidates[path]
+    if not count:
+        raise ValueError("no batch to calibrate with: give at least one")
+    for path in total:
+        quantizers[path].threshold = Threshold(total[path] / count)
+    return tuple(total)
+
+
+def save_thresholds(model: nnx.Module, path: str | Path) -> None:
+    """Write the frozen thresholds of a model to a safetensors file.
+
+    Args:
+      model: a calibrated NNX model.
+      path: the file to write; an existing one is replaced.
+
+    Raises:
+      FileNotFoundError: the folder of ``path`` does not exist.
+      ValueError: the model has no frozen thresholds.
+    """
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"folder {Path(path).parent} does not exist: make it first")
+    frozen = {
+        name: np.asarray(quantizer.threshold.get_value())
+        for name, quantizer in operand_quantizers(model).items()
+        if quantizer.threshold is not None
+    }
+    if not frozen:
+        raise ValueError("the model has no frozen thresholds: calibrate it first")
+    save_file(frozen, path)
+
+
+def load_thresholds(model: nnx.Module, path: str | Path) -> None:
+    """Freeze, in place, the thresholds of a file that `save_thresholds` wrote.
+
+    Args:
+      model: an NNX model, quantised as the saved one was.
+      path: a safetensors file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged, or of another model; the model is then unchanged.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"thresholds file {path} does not exist")
+    try:
+        arrays = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+    quantizers = operand_quantizers(model)
+    unknown = sorted(arrays.keys() - quantizers.keys())
+    if unknown:
+        raise ValueError(
+            f"{path} has thresholds for {unknown[0]!r}, which the model does not quantise: "
+            "quantise it with the policy that was calibrated"
+        )
+    for name, array in arrays.items():
+        quantizers[name].threshold = Threshold(jnp.asarray(array))
+
+
+def _observer(model: nnx.Module) -> Callable[..., dict[str, jax.Array]]:
+    """The candidates of all operands for one batch; of a layer that runs again, their mean."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def observe(state: nnx.State, *inputs: Any) -> dict[str, jax.Array]:
+        copy = nnx.merge(graphdef, state)
+        copy.eval()
+        _, captured = nnx.capture(copy, Candidate)(*inputs)
+        runs: dict[str, list[jax.Array]] = {}
+        for name, candidate in captured_by_operand(captured).items():
+            runs.setdefault(re.sub(r"/\d+$", "", name), []).append(candidate)
+        return {name: sum(found) / len(found) for name, found in runs.items()}
+
+    return lambda *inputs: observe(state, *inputs)

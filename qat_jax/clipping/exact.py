@@ -1,0 +1,161 @@
+"""The threshold of least squared error, whatever the data and the format."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qat_jax.clipping.groups import keepdims_shape, merged, rescaled, sums, unit_groups
+from qat_jax.formats import FloatGrid, Format, Grid
+
+# Up to so many breakpoints, each is tried.
+_BREAKPOINTS = 4096
+# The histogram that stands for a larger group, and the candidates tried on it.
+_BINS_PER_OCTAVE = 512
+_OCTAVES = 16
+_CANDIDATES_PER_OCTAVE = 64
+_REFINEMENTS = 3
+
+Candidate = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """The global minimum of Σ (x - x̂)² over all thresholds, on the format's own codes.
+
+    As the step Δ shrinks, the codes q of a group change only at breakpoints Δ = |x| / m, with m a
+    middle between two codes. In between, the best step is Δ + Σ r q / Σ q², where r = x - Δ q, and
+    its error Σ r² - (Σ r q)² / Σ q².
+
+    - Groups with at most 4096 breakpoints (elements times middles: 16 elements at up to 8 bits,
+      512 at 4) try them all, a pass over the data for each. The answer is exact, but for rounding.
+    - Larger groups try about 64 steps an octave, as far down as √n below the largest of n
+      magnitudes: beyond that, clipping the largest costs more than all the others are worth.
+      Groups of more than 16,386 elements do so on a histogram of bins 1/512 of an octave wide,
+      which takes about as long whatever their size. Three refits of the step to the data follow.
+      The error is within 1 % of the least.
+    """
+
+    def threshold(self, x: jax.Array, format: Format, axes: tuple[int, ...]) -> jax.Array:
+        """The best threshold of each group of x."""
+        x = lax.stop_gradient(x)
+        grid = format.grid(x)
+        groups, largest = unit_groups(x, format, axes)
+        rows = merged(groups, largest.ndim)
+        size = math.prod(x.shape[axis] for axis in axes)
+        if size == 0:
+            return jnp.zeros(keepdims_shape(x, axes), largest.dtype)
+        middles = format.midpoints
+        if size * len(middles) <= _BREAKPOINTS:
+            step = _best_step(rows, 1.0, grid, *_breakpoints(rows, middles))
+        else:
+            support, weight = _histogram(rows) if size > 2 * _BINS else (rows, 1.0)
+            like = jnp.zeros_like(largest.reshape(-1))
+            step = _best_step(support, weight, grid, *_logarithmic(like, size, grid))
+            step = _refined(groups, step.reshape(largest.shape), grid)
+        unit = (step * grid.steps).reshape(largest.shape)
+        return rescaled(unit, largest).reshape(keepdims_shape(x, axes))
+
+
+_BINS = _OCTAVES * _BINS_PER_OCTAVE + 1  # one more for the largest itself
+
+
+def _breakpoints(rows: jax.Array, middles: np.ndarray) -> tuple[Candidate, int]:
+    """Steps a little below each breakpoint of each row, and how many."""
+    # Far enough for the quotient to round up.
+    below = jnp.asarray((1 - 1e-6) / middles, rows.dtype)
+
+    def candidate(i: jax.Array) -> jax.Array:
+        element = lax.dynamic_index_in_dim(rows, i // len(middles), axis=1, keepdims=False)
+        return jnp.abs(element) * below[i % len(middles)]
+
+    return candidate, rows.shape[1] * len(middles)
+
+
+def _logarithmic(like: jax.Array, size: int, grid: Grid | FloatGrid) -> tuple[Candidate, int]:
+    """Evenly spaced logarithms of steps for groups of a largest magnitude of 1, and how many.
+
+    Thresholds reach from 4, where the largest magnitude gets the first of Int(2)'s codes, down to
+    1 / (2 √size).
+    """
+    octaves = 3 + math.ceil(math.log2(size) / 2)
+
+    def candidate(i: jax.Array) -> jax.Array:
+        threshold = 4 * jnp.exp2(-i.astype(like.dtype) / _CANDIDATES_PER_OCTAVE)
+        return like + threshold * (1 / grid.steps)
+
+    return candidate, octaves * _CANDIDATES_PER_OCTAVE
+
+
+def _histogram(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Numbers that stand for those of any row, and how often each occurs in each row.
+
+    The bins are the leading bits of a float32. The fewer than 2**31 numbers below 2**-16 of the
+    largest are left out: together they have less than half of its energy.
+    """
+    drop = 23 - int(math.log2(_BINS_PER_OCTAVE))
+    lowest = (127 - _OCTAVES) * _BINS_PER_OCTAVE
+    middle = (np.arange(lowest, lowest + _BINS, dtype=np.int32) << drop) + (1 << (drop - 1))
+    positive = middle.view(np.float32)
+    support = jnp.asarray(np.concatenate([positive, -positive]), rows.dtype)
+
+    leading = lax.bitcast_convert_type(jnp.abs(rows).astype(jnp.float32), jnp.int32) >> drop
+    index = leading - lowest
+    signed = jnp.where(rows < 0, index + _BINS, index)
+    signed = jnp.where(index < 0, 2 * _BINS, signed)  # not counted
+    counts = jax.vmap(lambda row: jnp.bincount(row, length=2 * _BINS))(signed)
+    return support[None], counts.astype(rows.dtype)
+
+
+def _best_step(
+    rows: jax.Array,
+    weight: jax.Array | float,
+    grid: Grid | FloatGrid,
+    candidate: Candidate,
+    count: int,
+) -> jax.Array:
+    """The step of least weighted error among the refitted candidates; 0 for rows of zeros."""
+
+    def try_candidate(
+        i: jax.Array, best: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        error, refitted = _refit(rows, weight, candidate(i), grid)
+        better = error < best[0]  # NaN, where the candidate is 0, is not
+        return jnp.where(better, error, best[0]), jnp.where(better, refitted, best[1])
+
+    zero = jnp.zeros_like(candidate(jnp.int32(0)))
+    return lax.fori_loop(0, count, try_candidate, (zero + jnp.inf, zero))[1]
+
+
+def _refined(groups: jax.Array, step: jax.Array, grid: Grid | FloatGrid) -> jax.Array:
+    """The best step after alternating between codes and step on the data itself (Lloyd)."""
+
+    def refine(
+        _: int, carry: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        least, best, step = carry
+        error, refitted = _refit(groups, 1.0, step, grid)
+        better = error < least
+        return jnp.where(better, error, least), jnp.where(better, refitted, best), refitted
+
+    return lax.fori_loop(0, _REFINEMENTS, refine, (jnp.full_like(step, jnp.inf), step, step))[1]
+
+
+def _refit(
+    x: jax.Array, weight: jax.Array | float, step: jax.Array, grid: Grid | FloatGrid
+) -> tuple[jax.Array, jax.Array]:
+    """The best step for the codes that a step leads to, and its error.
+
+    Sums of what is left, not of x: x² would drown a small error in rounding.
+    """
+    wide = jnp.expand_dims(step, range(step.ndim, x.ndim))
+    codes = grid.round(x / wide)
+    rest = x - codes * wide
+    terms = weight * rest * rest, weight * rest * codes, weight * codes * codes
+    square, cross, energy = sums(terms, step.ndim)
+    shift = cross / jnp.where(energy > 0, energy, 1)
+    return square - shift * cross, step + shift

@@ -1,0 +1,118 @@
+"""What a quantised model weighs: codes, scales and coarse scales, in bits."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+
+from qat_jax.nnx import Codes, captured_by_operand, operand_quantizers
+from qat_jax.quantizer import QTensor, Quantizer
+
+_COARSE_BITS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """The bits of one array, or of several together.
+
+    Attributes:
+      elements: numbers that are stood for.
+      code_bits: of all codes.
+      scale_bits: of all scales.
+      coarse_bits: of all coarse scales.
+    """
+
+    elements: int
+    code_bits: int
+    scale_bits: int = 0
+    coarse_bits: int = 0
+
+    @property
+    def bits_per_element(self) -> float:
+        """All bits over all elements: M / V more than the format's with M-bit scales of vectors."""
+        return (self.code_bits + self.scale_bits + self.coarse_bits) / max(self.elements, 1)
+
+    @property
+    def bytes(self) -> int:
+        """All bits, packed densely."""
+        return math.ceil((self.code_bits + self.scale_bits + self.coarse_bits) / 8)
+
+    def __add__(self, other: "Storage") -> "Storage":
+        fields = (field.name for field in dataclasses.fields(self))
+        return Storage(*(getattr(self, name) + getattr(other, name) for name in fields))
+
+
+def array_storage(q: QTensor, quantizer: Quantizer) -> Storage:
+    """The storage of a quantised array; an abstract one (``jax.eval_shape``) will do.
+
+    Args:
+      q: codes and scales.
+      quantizer: what made them.
+
+    Returns:
+      Its storage.
+
+    Example:
+      >>> import jax.numpy as jnp, qat_jax as qj
+      >>> vs = qj.Quantizer(qj.Int(4), qj.PerVector(16), qj.AbsMax(), scale=qj.IntScale(4))
+      >>> q = jax.eval_shape(lambda x: qj.quantize(x, vs, vector_axis=0), jnp.ones((1024, 1024)))
+      >>> round(array_storage(q, vs).bits_per_element, 3)
+      4.25
+    """
+    elements = math.prod(q.shape)
+    coarse = 0 if q.coarse is None else q.coarse.size * _COARSE_BITS
+    return Storage(
+        elements=elements,
+        code_bits=elements * quantizer.format.bits,
+        scale_bits=q.scale.size * quantizer.scale.bits,
+        coarse_bits=coarse,
+    )
+
+
+def operand_storage(model: nnx.Module, *inputs: Any) -> dict[str, Storage]:
+    """The storage of every quantised operand of a model; nothing is computed.
+
+    Args:
+      model: a quantised NNX model.
+      *inputs: a batch for it: activations are counted as large as it makes them.
+
+    Returns:
+      By ``"path of the layer/operand"``.
+    """
+    graphdef, state = nnx.split(model)
+
+    def codes(state: nnx.State, *inputs: Any) -> dict[str, QTensor]:
+        copy = nnx.merge(graphdef, state)
+        copy.eval()
+        _, captured = nnx.capture(copy, Codes)(*inputs)
+        return captured_by_operand(captured, QTensor)
+
+    sown = jax.eval_shape(codes, state, *inputs)
+    quantizers = operand_quantizers(model)
+    return {
+        path: array_storage(sown[path], operand.quantizer)
+        for path, operand in quantizers.items()
+        if path in sown
+    }
+
+
+def model_storage(model: nnx.Module, *inputs: Any) -> Storage:
+    """The storage of a model's parameters: quantised where they are, as they are elsewhere.
+
+    Args:
+      model: an NNX model.
+      *inputs: a batch for it, of any size.
+
+    Returns:
+      The sum over kernels, biases, normalisations and the like.
+    """
+    operands = operand_storage(model, *inputs).items()
+    weights = sum((s for path, s in operands if path.endswith("/weights")), Storage(0, 0))
+    parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
+    elements = sum(p.size for p in parameters)
+    bits = sum(8 * p.size * p.dtype.itemsize for p in parameters)
+    rest = elements - weights.elements
+    # Kernels are all of one dtype in practice; what is not quantised keeps the mean width.
+    return weights + Storage(rest, round(rest * bits / max(elements, 1)))
