@@ -40,6 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "num_workers": 0,
             },
             "model": {
+                "name": "cifar_resnet",
                 "depth": 20,
                 "width": 16,
                 "num_classes": 10,

@@ -36,6 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "num_workers": 0,
             },
             "model": {
+                "name": "cifar_resnet",
                 "depth": 8,
                 "width": 8,
                 "num_classes": 10,

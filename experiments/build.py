@@ -1,5 +1,7 @@
 """From a config to the things it names: images, a model, its quantisers."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from flax import nnx
@@ -7,10 +9,17 @@ from ml_collections import ConfigDict
 
 import qat_jax as qj
 from qat_jax import data
-from qat_jax.models import CifarResNet, load_weights
+from qat_jax.clipping import Clipping
+from qat_jax.models import CifarResNet, MobileNetV1, load_keras_mobilenet_v1, load_weights
 
 FLOAT_BITS = 32
-CLIPPINGS: dict[str, qj.Octav | qj.AbsMax] = {"octav": qj.Octav(), "max": qj.AbsMax()}
+CLIPPINGS: dict[str, Clipping] = {
+    "max": qj.AbsMax(),
+    "octav": qj.Octav(),
+    "exact": qj.Exact(),
+    "mse": qj.MseSweep(),
+    "entropy": qj.Entropy(),
+}
 
 
 def source(config: ConfigDict, split: str) -> Any:
@@ -20,7 +29,16 @@ def source(config: ConfigDict, split: str) -> Any:
         DataError: there are none.
         ValueError: the model or the normalisation expects another number of channels.
     """
-    examples = data.load_source(config.dataset.name, split, config.dataset.data_dir)
+    if config.dataset.name == "image_folder":
+        if config.dataset.data_dir is None or split is None:
+            raise ValueError(
+                "name the images: --config.dataset.data_dir=DIR --config.dataset.test_split=NAME, "
+                "and --config.dataset.train_split=NAME to calibrate; a folder or zip file each"
+            )
+        path = Path(config.dataset.data_dir) / split
+        examples: Any = data.ImageFolder(path, size=config.dataset.size)
+    else:
+        examples = data.load_source(config.dataset.name, split, config.dataset.data_dir)
     channels = examples[0]["image"].shape[-1]
     if config.model.in_channels != channels:
         raise ValueError(
@@ -33,26 +51,86 @@ def source(config: ConfigDict, split: str) -> Any:
     return examples
 
 
-def float_model(config: ConfigDict) -> CifarResNet:
+def float_model(config: ConfigDict) -> nnx.Module:
     """The model, with pretrained weights if the config names some.
 
     Raises:
         ValueError: there is no such model, or the weights are of another.
         FileNotFoundError: the file of weights does not exist.
     """
-    model = CifarResNet(
-        depth=config.model.depth,
-        num_classes=config.model.num_classes,
-        in_channels=config.model.in_channels,
-        width=config.model.width,
-        rngs=nnx.Rngs(config.seed),
-    )
-    if config.model.pretrained is not None:
-        load_weights(model, config.model.pretrained)
+    settings = config.model.to_dict()
+    name, pretrained = settings.pop("name"), settings.pop("pretrained")
+    if name not in _MODELS:
+        raise ValueError(f"model.name is {name!r}: give one of {', '.join(_MODELS)}")
+    build, load = _MODELS[name]
+    model = build(config.seed, settings)
+    if pretrained is not None:
+        load(model, pretrained)
     return model
 
 
-def quantise(model: CifarResNet, quant: ConfigDict) -> nnx.Module:
+def _cifar_resnet(seed: int, settings: dict[str, Any]) -> nnx.Module:
+    return CifarResNet(**settings, rngs=nnx.Rngs(seed))
+
+
+def _mobilenet_v1(seed: int, settings: dict[str, Any]) -> nnx.Module:
+    del settings["in_channels"]  # the images' number was checked: colour
+    return MobileNetV1(**settings, rngs=nnx.Rngs(seed))
+
+
+_MODELS: dict[str, tuple[Callable[..., nnx.Module], Callable[..., None]]] = {
+    "cifar_resnet": (_cifar_resnet, load_weights),
+    "mobilenet_v1": (_mobilenet_v1, load_keras_mobilenet_v1),
+}
+# Names of the first convolution and of the classifier, which papers keep at 8 bits.
+_ENDS = {"cifar_resnet": ("conv1", "linear"), "mobilenet_v1": ("conv1", "classifier")}
+
+
+def clipping(name: str) -> Clipping:
+    """A rule by its name in configs: max, octav, exact, mse, entropy, p99.99.
+
+    Raises:
+        ValueError: there is no such rule.
+    """
+    if name in CLIPPINGS:
+        return CLIPPINGS[name]
+    percent = name.removeprefix("p")
+    if name.startswith("p") and percent.replace(".", "", 1).isdigit():
+        return qj.Percentile(float(percent))
+    raise ValueError(f"no clipping {name!r}: give one of {', '.join(CLIPPINGS)} or p99.99")
+
+
+def ptq_policy(config: ConfigDict) -> qj.Policy | None:
+    """What the sections of `configs/_ptq.py` ask for; None where that is nothing.
+
+    Raises:
+        ValueError: a notation, a clipping or an option does not exist.
+    """
+    quant = config.quant
+    if quant.notation == "float":
+        return None
+    scale = config.scale.to_dict()
+    options: dict[str, Any] = {
+        "vector_size": quant.vector_size,
+        "weight_clipping": clipping(config.clipping.weights),
+        "activation_clipping": clipping(config.clipping.activations),
+        "scale": qj.IntScale(4, **(scale | {"clipping": clipping(scale["clipping"])})),
+        "gradient": quant.get("gradient", "ste"),
+    }
+    overrides = []
+    for override in quant.overrides:
+        pattern, equals, notation = override.rpartition("=")
+        if not equals:
+            raise ValueError(f"quant.overrides has {override!r}: write PATTERN=NOTATION")
+        overrides.append(qj.Rule.from_notation(pattern, notation, **options))
+    first, last = _ENDS[config.model.name]
+    rest = qj.Policy.from_notation(
+        quant.notation, first=first, last=last, edges=quant.edges, **options
+    )
+    return qj.Policy([*overrides, *rest.rules])
+
+
+def quantise(model: nnx.Module, quant: ConfigDict) -> nnx.Module:
     """Puts the paper's policy into the model, or nothing where the config says 32 bits.
 
     Args:
@@ -64,17 +142,14 @@ def quantise(model: CifarResNet, quant: ConfigDict) -> nnx.Module:
     """
     if quant.weight_bits == quant.activation_bits == FLOAT_BITS:
         return model
-    for name in ("clipping", "edge_clipping"):
-        if quant[name] not in CLIPPINGS:
-            raise ValueError(f"quant.{name} is {quant[name]!r}: give one of {', '.join(CLIPPINGS)}")
     policy = qj.uniform_policy(
         quant.weight_bits,
         quant.activation_bits,
-        clipping=CLIPPINGS[quant.clipping],
+        clipping=clipping(quant.clipping),
         gradient=quant.gradient,
         narrow=quant.narrow,
         first="conv1",
         last="linear",
-        edge_clipping=CLIPPINGS[quant.edge_clipping],
+        edge_clipping=clipping(quant.edge_clipping),
     )
     return qj.quantize_model(model, policy)

@@ -1,27 +1,41 @@
 """Quantise a pretrained image classifier without training it, and measure what that costs.
 
 Usage:
-    python -m experiments.ptq --config=configs/NAME.py[:ARG] --workdir=DIR [--config.KEY=VALUE …]
+    python -m experiments.ptq --config=configs/NAME.py[:NOTATION] --workdir=DIR [--config.KEY=VALUE …]
+
+NOTATION is W/A/ws/as: bits of weights and activations (U: unsigned where the data is), then bits of
+the scales of their vectors of 16, or "-" for one floating-point scale a channel or layer.
 
 Examples:
-    A pretrained ResNet-20 on CIFAR-10 with 4-bit weights and activations, OCTAV clipping:
+    A pretrained ResNet-20 on CIFAR-10, 4-bit vectors under 4- and 6-bit integer scales (VS-Quant):
 
-        python -m experiments.ptq --config=configs/cifar10_resnet20_ptq.py:bits=4 \
+        python -m experiments.ptq --config=configs/cifar10_resnet20_ptq.py:4/4U/4/6 \
             --workdir=runs/ptq-4 --config.dataset.name=cifar10_local \
             --config.model.pretrained=PATH/akamaster_resnet20.safetensors
 
-    The same clipped at the largest magnitude:
+    One scale a channel, OCTAV clipping, activation thresholds frozen on 5 batches of training
+    images:
 
-        python -m experiments.ptq --config=configs/cifar10_resnet20_ptq.py:bits=4,clipping=max …
+        python -m experiments.ptq --config=configs/cifar10_resnet20_ptq.py:4/4U \
+            --config.clipping.weights=octav --config.clipping.activations=octav \
+            --config.calibration.batches=5 …
 
-Thresholds are dynamic: every batch finds its own. DIR gets config.json, metrics.jsonl, TensorBoard
-events and result.json, which has the accuracy in float and quantised, and for every layer and
-operand the signal-to-noise ratio, the clipped share and the threshold over the maximum.
+Other flags: --config.quant.vector_size, --config.clipping.weights and .activations (max, octav,
+exact, mse, entropy, p99.99), --config.scale.codes, .order, .zero and .clipping,
+--config.quant.overrides="('.*depthwise=8/8U',)", --config.fold_batch_norm,
+--config.calibration.batch_norm_batches.
+
+DIR gets config.json, metrics.jsonl, TensorBoard events and result.json, which has the accuracy in
+float and quantised, the effective bits of the weights, and for every layer and operand the
+signal-to-noise ratio, the clipped share and the threshold over the maximum.
 """
 
+import dataclasses
+import itertools
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +48,7 @@ from ml_collections import ConfigDict
 import qat_jax as qj
 from experiments import build, cli
 from qat_jax import data
+from qat_jax.batch_norm import fold_batch_norm, reestimate_batch_norm
 from qat_jax.training.loop import evaluate
 from qat_jax.training.sharding import DataParallel
 from qat_jax.training.state import create_state
@@ -41,6 +56,90 @@ from qat_jax.training.step import Normalisation, make_eval_step
 from qat_jax.training.workdir import MetricWriter, Status, Workdir
 
 logger = logging.getLogger("experiments.ptq")  # __name__ is "__main__" on the command line
+
+THRESHOLDS = "thresholds.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A float network and the images it is measured on.
+
+    Attributes:
+        model: the network, batch norms folded if the config says so.
+        test: the test images.
+        train: the training images, None where nothing needs them.
+        normalise: uint8 images to what the network expects.
+        batch_size: images a forward pass.
+    """
+
+    model: nnx.Module
+    test: Any
+    train: Any
+    normalise: Normalisation
+    batch_size: int
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "Bench":
+        """Opens what the config names.
+
+        Raises:
+            ValueError: the config asks for something that cannot be.
+            DataError: there are no such images.
+            FileNotFoundError: there are no such weights.
+        """
+        if config.model.pretrained is None:
+            raise ValueError(
+                "there is no model to quantise: pass --config.model.pretrained=FILE.safetensors"
+            )
+        test = build.source(config, config.dataset.test_split)
+        calibration = config.calibration
+        needs_train = calibration.batches or calibration.batch_norm_batches
+        train = build.source(config, config.dataset.train_split) if needs_train else None
+        normalise = Normalisation(mean=config.dataset.mean, std=config.dataset.std)
+        model = build.float_model(config)
+        if config.fold_batch_norm:
+            model.eval()
+            model = fold_batch_norm(model, normalise(test[0]["image"][None]))
+        return cls(model, test, train, normalise, config.batch_size)
+
+    def quantised(self, config: ConfigDict) -> nnx.Module:
+        """The network as the config quantises it, calibrated if it says so.
+
+        Raises:
+            ValueError: the config asks for something that cannot be.
+        """
+        policy = build.ptq_policy(config)
+        if policy is None:
+            return self.model
+        model = qj.quantize_model(self.model, policy)
+        calibration = config.calibration
+        if calibration.batches:
+            batches = self._train_images(calibration.batches, config.seed)
+            qj.calibrate(model, batches, pool=calibration.pool)
+        if calibration.batch_norm_batches:
+            batches = self._train_images(calibration.batch_norm_batches, config.seed)
+            reestimate_batch_norm(model, batches)
+        return model
+
+    def accuracy(self, model: nnx.Module) -> dict[str, float | int]:
+        """What `evaluate` measures on all test images."""
+        devices = DataParallel.over_all_devices()
+        graphdefs, state = create_state(model, optax.identity())
+        eval_step = make_eval_step(
+            graphdefs, normalise=self.normalise, replicated=devices.replicated
+        )
+        batches = data.eval_batches(self.test, batch_size=self.batch_size)
+        return evaluate(eval_step, devices.replicate(state), batches, devices)
+
+    def first_images(self) -> jax.Array:
+        """The first batch of test images, normalised."""
+        batch = next(iter(data.eval_batches(self.test, batch_size=self.batch_size)))
+        return self.normalise(jnp.asarray(batch["image"]))
+
+    def _train_images(self, count: int, seed: int) -> Iterator[jax.Array]:
+        batches = data.train_batches(self.train, batch_size=self.batch_size, seed=seed)
+        for batch in itertools.islice(batches, count):
+            yield self.normalise(jnp.asarray(batch["image"]))
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -58,7 +157,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         WorkdirError: the folder holds something else; nothing is written.
     """
     started = time.monotonic()
-    cli.require(config, "dataset", "model", "quant", "batch_size")
+    cli.require(config, "dataset", "model", "quant", "clipping", "scale", "calibration")
     settings = config.to_dict()
     folder = Workdir(workdir)
     if folder.status(settings) is Status.FINISHED:
@@ -66,40 +165,37 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         return folder.result()
 
     with cli.setup_errors():
-        devices = DataParallel.over_all_devices()
-        devices.check_batch_size(config.batch_size)
-        source = build.source(config, config.dataset.test_split)
-        normalise = Normalisation(mean=config.dataset.mean, std=config.dataset.std)
-        if config.model.pretrained is None:
-            raise cli.UsageError(
-                "there is no model to quantise: pass --config.model.pretrained=FILE.safetensors"
-            )
-        float_model = build.float_model(config)
-        quantised_model = build.quantise(float_model, config.quant)
-
-    def accuracy(model: nnx.Module) -> dict[str, float | int]:
-        graphdefs, state = create_state(model, optax.identity())
-        eval_step = make_eval_step(graphdefs, normalise=normalise, replicated=devices.replicated)
-        batches = data.eval_batches(source, batch_size=config.batch_size)
-        return evaluate(eval_step, devices.replicate(state), batches, devices)
+        DataParallel.over_all_devices().check_batch_size(config.batch_size)
+        build.ptq_policy(config)  # its errors come before the minutes of loading
+        bench = Bench.from_config(config)
+        quantised_model = bench.quantised(config)
 
     folder.begin(settings)
     with MetricWriter(folder, None) as writer:
         logger.info("%s", qj.report(quantised_model))
         metrics: dict[str, Any] = {}
-        for name, model in [("float", float_model), ("test", quantised_model)]:
-            measured = accuracy(model)
+        for name, model in [("float", bench.model), ("test", quantised_model)]:
+            measured = bench.accuracy(model)
             writer.write(0, name, measured)
             metrics |= {f"{name}_{key}": value for key, value in measured.items()}
 
-    first_batch = next(iter(data.eval_batches(source, batch_size=config.batch_size)))
-    images = normalise(jnp.asarray(first_batch["image"]))
+    images = bench.first_images()
+    storage = qj.model_storage(quantised_model, images)
+    metrics["model_bytes"] = storage.bytes
+    metrics["bits_per_parameter"] = storage.bits_per_element
+    metrics["effective_bits"] = {
+        operand: round(part.bits_per_element, 4)
+        for operand, part in qj.operand_storage(quantised_model, images).items()
+    }
     metrics["diagnostics"] = diagnose(quantised_model, images)
+    if config.calibration.batches and config.quant.notation != "float":
+        qj.save_thresholds(quantised_model, workdir / THRESHOLDS)
     result = folder.finish(settings, metrics, wall_seconds=time.monotonic() - started)
     logger.info(
-        "test accuracy %.2f %%, in float %.2f %%: %s",
+        "test accuracy %.2f %%, in float %.2f %%; %.2f bits a parameter: %s",
         100 * metrics["test_accuracy"],
         100 * metrics["float_accuracy"],
+        metrics["bits_per_parameter"],
         folder.result_path,
     )
     return result

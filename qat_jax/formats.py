@@ -258,7 +258,7 @@ _LARGEST = {(2, 1): 6.0, (2, 3): 7.5, (3, 2): 28.0, (4, 3): 448.0, (5, 2): 57344
 
 
 def _times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """x 2**exponent, exactly; exponents of -100 to 100."""
+    """X 2**exponent, exactly; exponents of -100 to 100."""
     if x.dtype == jnp.float64:
         bits = (exponent.astype(jnp.int64) + 1023) << 52
     else:

@@ -106,7 +106,9 @@ def conv_general_dilated(
     spec = lax.conv_dimension_numbers(jnp.shape(x), jnp.shape(w), dimension_numbers)
     x = _in_feature_groups(x, lhs, spec.lhs_spec, jnp.shape(w)[spec.rhs_spec[1]])
     depthwise = feature_group_count > 1 and jnp.shape(w)[spec.rhs_spec[1]] == 1
-    w = _quantized(w, rhs, spec.rhs_spec[:1], spec.rhs_spec[2:] if depthwise else spec.rhs_spec[1:2])
+    w = _quantized(
+        w, rhs, spec.rhs_spec[:1], spec.rhs_spec[2:] if depthwise else spec.rhs_spec[1:2]
+    )
     return lax.conv_general_dilated(
         x,
         w,

@@ -74,7 +74,7 @@ class FloatScale:
     def store(
         self, threshold: jax.Array, steps: ArrayLike, channel_axis: ChannelAxis
     ) -> tuple[StoredScale, jax.Array]:
-        """threshold / L, rounded to the dtype."""
+        """Threshold / L, rounded to the dtype."""
         del channel_axis
         step = exact_step(threshold, steps)
         if self.dtype == "float32":
@@ -223,7 +223,7 @@ class E8M0:
 
 
 def exact_step(threshold: jax.Array, steps: ArrayLike) -> jax.Array:
-    """threshold / L, 0 where that is too small for its reciprocal and NaN where it is infinite."""
+    """Threshold / L, 0 where that is too small for its reciprocal and NaN where it is infinite."""
     # A product with 1/L, not a quotient: compilers may turn a division by a constant into one.
     step = threshold * (1 / steps)
     step = jnp.where(jnp.isinf(step), jnp.nan, step)

@@ -4,8 +4,16 @@
 """
 
 from qat_jax.data.augment import random_crop_flip
+from qat_jax.data.image_folder import ImageFolder
 from qat_jax.data.pipeline import eval_batches, train_batches
 from qat_jax.data.prepare import DataError
 from qat_jax.data.sources import load_source
 
-__all__ = ["DataError", "eval_batches", "load_source", "random_crop_flip", "train_batches"]
+__all__ = [
+    "DataError",
+    "ImageFolder",
+    "eval_batches",
+    "load_source",
+    "random_crop_flip",
+    "train_batches",
+]

@@ -1,0 +1,45 @@
+"""The parts of a config that say how to quantise a trained network."""
+
+from typing import Any
+
+from qat_jax import Notation
+
+
+def ptq_config(notation: str) -> dict[str, Any]:
+    """Sections `quant`, `clipping`, `scale`, `calibration`, and what goes with them.
+
+    Args:
+        notation: W/A/ws/as, or "float".
+
+    Raises:
+        ValueError: the notation cannot be read; the message teaches it.
+    """
+    if notation != "float":
+        notation = str(Notation.parse(notation))
+    return {
+        "quant": {
+            "notation": notation,
+            "vector_size": 16,
+            "edges": "8/8U",  # of the first convolution and the classifier; clipped at the maximum
+            # "PATTERN=NOTATION", first match first, for layers that need something else.
+            "overrides": (),
+        },
+        # max, octav, exact, mse, entropy or a percentile such as p99.99.
+        "clipping": {"weights": "max", "activations": "max"},
+        # The integer scales of vectors: see qat_jax.IntScale.
+        "scale": {
+            "clipping": "max",
+            "codes": "float",
+            "order": "vector-first",
+            "zero": "zero",
+        },
+        "calibration": {
+            "batches": 0,  # of training images that freeze thresholds; 0: every batch finds its own
+            "pool": False,  # one search in all batches instead of the mean of their thresholds
+            "batch_norm_batches": 0,  # that batch norms are re-estimated on, quantised
+        },
+        "fold_batch_norm": False,
+        # Of `experiments.ptq_tables`: which, and the batches behind static thresholds.
+        "tables": ("calibrators", "vectors", "sizes", "scales", "clipping", "order"),
+        "static_batches": 5,
+    }

@@ -1,0 +1,230 @@
+"""VS-Quant's post-training tables (arXiv:2102.04503, tables 2 to 5) for a network of one's own.
+
+Usage:
+    python -m experiments.ptq_tables --config=configs/NAME_ptq.py --workdir=DIR [--config.KEY=VALUE …]
+
+Each table is a list of settings of the config; each setting is measured once and written to
+DIR/cells.jsonl as soon as it is known, so that the same command goes on where it was stopped. At the
+end DIR gets result.json.
+
+    calibrators  seven calibrators, one scale a channel or layer, static thresholds  (table 2)
+    vectors      vectors of 16, floating-point scales                                (table 3)
+    sizes        vectors of 1 to 64                                                  (table 4)
+    scales       the bits of the vectors' scales                                     (table 5)
+    clipping     maximum, OCTAV or the exact optimum for each vector
+    order        which scale is found first, and what the codes come from
+    depthwise    what the layers of one input feature need (MobileNet)
+
+--config.tables=calibrators,vectors picks some. Figures and CSVs are made by
+`python -m experiments.ptq_figures`.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+import qat_jax as qj
+from experiments import build, cli
+from experiments.ptq import Bench
+from qat_jax.training.sharding import DataParallel
+from qat_jax.training.workdir import Status, Workdir
+
+logger = logging.getLogger("experiments.ptq_tables")
+
+CALIBRATORS = ("max", "entropy", "p99.9", "p99.99", "p99.999", "p99.9999", "mse", "octav", "exact")
+BITS = ("3/3U", "4/4U", "6/6U", "8/8U")
+DEPTHWISE = r".*/depthwise"
+
+
+class Cell(NamedTuple):
+    """One measurement.
+
+    Attributes:
+        table: which table it belongs to.
+        row: its row there.
+        column: its column there.
+        changes: what it changes in the config, by dotted key.
+    """
+
+    table: str
+    row: str
+    column: str
+    changes: dict[str, Any]
+
+
+def cells(tables: tuple[str, ...], static_batches: int) -> Iterator[Cell]:
+    """The measurements of some tables, in order.
+
+    Raises:
+        ValueError: there is no such table.
+    """
+    for name in tables:
+        if name not in TABLES:
+            raise ValueError(f"no table {name!r}: give some of {', '.join(TABLES)}")
+        for row, column, changes in TABLES[name](static_batches):
+            yield Cell(name, row, column, changes)
+
+
+def _clipping(weights: str, activations: str) -> dict[str, Any]:
+    return {"clipping.weights": weights, "clipping.activations": activations}
+
+
+def _calibrators(static_batches: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for bits in BITS:
+        for name in CALIBRATORS:
+            changes = {"quant.notation": bits, "calibration.batches": static_batches}
+            yield bits, name, changes | _clipping(name, name)
+
+
+def _vectors(static_batches: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for bits in ("2/2U", *BITS):
+        yield bits, "V16 max", {"quant.notation": f"{bits}/fp32/fp32"}
+
+
+def _sizes(static_batches: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for bits in ("4/4U", "6/6U"):
+        for size in (1, 2, 4, 8, 16, 32, 64):
+            changes = {"quant.notation": f"{bits}/fp32/fp32", "quant.vector_size": size}
+            yield bits, str(size), changes
+
+
+def _scales(static_batches: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for bits in ("3/3U", "4/3U", "4/4U", "4/8U", "6/6U"):
+        for scales in ("3/4", "3/6", "4/4", "4/6", "6/4", "6/6", "fp32/fp32"):
+            yield bits, scales, {"quant.notation": f"{bits}/{scales}"}
+
+
+def _vector_clipping(static_batches: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for bits in ("2/2U", "3/3U", "4/4U"):
+        for size in (16, 64):
+            for weights, activations in (
+                ("max", "max"),
+                ("exact", "max"),
+                ("octav", "octav"),
+                ("exact", "octav"),
+            ):
+                changes = {"quant.notation": f"{bits}/fp32/fp32", "quant.vector_size": size}
+                column = f"{weights}, {activations}"
+                yield f"{bits} V{size}", column, changes | _clipping(weights, activations)
+
+
+def _order(static_batches: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    variants = {
+        "paper": {},
+        "one for zero": {"scale.zero": "one"},
+        "codes from stored": {"scale.codes": "stored"},
+        "stored, one for zero": {"scale.codes": "stored", "scale.zero": "one"},
+        "coarse first": {"scale.codes": "stored", "scale.order": "coarse-first"},
+    }
+    for notation in ("3/3U/4/6", "4/4U/3/4", "4/4U/4/6"):
+        for clipping in ("max", "exact"):
+            for name, changes in variants.items():
+                both = {"quant.notation": notation} | changes | _clipping(clipping, "max")
+                yield f"{notation}, weights {clipping}", name, both
+
+
+def _depthwise(static_batches: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    def override(notation: str) -> dict[str, Any]:
+        return {"quant.overrides": (f"{DEPTHWISE}={notation}",)}
+
+    for bits in ("4/8U", "4/8U/fp32/fp32", "4/8U/4/6"):
+        for clipping in ("max", "octav", "exact"):
+            base = {"quant.notation": bits} | _clipping(clipping, "max")
+            yield f"{bits} {clipping}", "as the rest", base
+            yield f"{bits} {clipping}", "depthwise 8/8U", base | override("8/8U")
+            yield (
+                f"{bits} {clipping}",
+                "depthwise 8/8U, batch norm re-estimated",
+                base | override("8/8U") | {"calibration.batch_norm_batches": 10},
+            )
+
+
+TABLES = {
+    "calibrators": _calibrators,
+    "vectors": _vectors,
+    "sizes": _sizes,
+    "scales": _scales,
+    "clipping": _vector_clipping,
+    "order": _order,
+    "depthwise": _depthwise,
+}
+
+
+def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Measures every cell of the tables that `config` asks for.
+
+    Args:
+        config: see `configs/`, and this main's docstring for `tables`.
+        workdir: the run folder.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        cli.UsageError: the config asks for something that cannot be; nothing is written.
+        WorkdirError: the folder holds something else; nothing is written.
+    """
+    started = time.monotonic()
+    cli.require(config, "dataset", "model", "quant", "clipping", "scale", "calibration", "tables")
+    settings = config.to_dict()
+    folder = Workdir(workdir)
+    if folder.status(settings) is Status.FINISHED:
+        logger.info("%s is finished, nothing to do: see %s", workdir, folder.result_path)
+        return folder.result()
+    with cli.setup_errors():
+        DataParallel.over_all_devices().check_batch_size(config.batch_size)
+        todo = list(cells(tuple(config.tables), config.static_batches))
+        for cell in todo:
+            build.ptq_policy(_changed(config, cell))
+        with_train = _changed(config, todo[0])
+        with_train.calibration.batches = config.static_batches  # some cell will need the images
+        bench = Bench.from_config(with_train)
+        # They are measured dozens of times: decode them once.
+        bench = dataclasses.replace(bench, test=[bench.test[i] for i in range(len(bench.test))])
+
+    folder.begin(settings)
+    log = workdir / "cells.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    done = {(c["table"], c["row"], c["column"]): c for c in map(json.loads, lines)}
+    float_accuracy = bench.accuracy(bench.model)
+    logger.info("float: %.1f %%", 100 * float_accuracy["accuracy"])
+    for number, cell in enumerate(todo, start=1):
+        if cell[:3] in done:
+            continue
+        measured = measure(bench, _changed(config, cell))
+        done[cell[:3]] = {**cell._asdict(), **measured}
+        with log.open("a") as file:
+            file.write(json.dumps(done[cell[:3]]) + "\n")
+        logger.info(
+            "%d/%d %s, %s, %s: %.1f %%", number, len(todo), *cell[:3], 100 * measured["accuracy"]
+        )
+    metrics = {"float_accuracy": float_accuracy["accuracy"], "count": float_accuracy["count"]}
+    metrics["cells"] = [done[cell[:3]] for cell in todo]
+    return folder.finish(settings, metrics, wall_seconds=time.monotonic() - started)
+
+
+def measure(bench: Bench, config: ConfigDict) -> dict[str, Any]:
+    """Accuracy in [0, 1], bits a parameter and seconds of one setting."""
+    started = time.monotonic()
+    model = bench.quantised(config)
+    accuracy = bench.accuracy(model)["accuracy"]
+    bits = qj.model_storage(model, bench.first_images()[:1]).bits_per_element
+    seconds = time.monotonic() - started
+    return {"accuracy": accuracy, "bits_per_parameter": bits, "seconds": round(seconds, 1)}
+
+
+def _changed(config: ConfigDict, cell: Cell) -> ConfigDict:
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(cell.changes)
+    return changed
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(run, __doc__, sys.argv))

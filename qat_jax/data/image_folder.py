@@ -1,0 +1,110 @@
+"""Images of a folder or zip file, in the preprocessing of an ImageNet classifier."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from qat_jax.data.prepare import DataError
+
+_SUFFIXES = (".jpeg", ".jpg", ".png")
+
+
+class ImageFolder:
+    """The images of a folder or a zip file, read at random, in the order of their names.
+
+    The class of an image is the number before the first `_` of its file's name
+    (`404_ILSVRC2012_val_00000001.JPEG`), or else the position of its folder among the sorted
+    folders (`n01440764/…`).
+
+    Args:
+      path: a folder, searched through all of its folders, or a .zip file.
+      size: side of the centre crop, in pixels.
+      resize: length that the shorter side is brought to before; None leaves the image as it is.
+
+    Raises:
+      DataError: there are no images, or a name says no class.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, size: int, resize: int | None = None):
+        self._path = Path(path)
+        self._size = size
+        self._resize = resize
+        if not self._path.exists():
+            raise DataError(f"image folder or zip file {path} does not exist: give another path")
+        names, self._read = _open_zip(self._path) if self._path.is_file() else _open(self._path)
+        self._names = sorted(name for name in names if name.lower().endswith(_SUFFIXES))
+        if not self._names:
+            raise DataError(f"{path} has no images: it must hold .JPEG, .jpg or .png files")
+        self._labels = self._find_labels()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`image`, uint8 [size, size, 3], and `label`.
+
+        Raises:
+          DataError: the file is damaged, or smaller than the crop.
+        """
+        name = self._names[index]
+        try:
+            with PIL.Image.open(io.BytesIO(self._read(name))) as file:
+                image = file.convert("RGB")
+        except (OSError, zipfile.BadZipFile) as error:
+            raise DataError(f"cannot read {name} in {self._path}: {error}") from error
+        if self._resize is not None:
+            scale = self._resize / min(image.size)
+            width, height = (round(side * scale) for side in image.size)
+            image = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
+        pixels = np.asarray(image)
+        top, left = ((side - self._size) // 2 for side in pixels.shape[:2])
+        if min(top, left) < 0:
+            raise DataError(
+                f"{name} in {self._path} has {pixels.shape[1]}x{pixels.shape[0]} pixels, fewer "
+                f"than the crop of {self._size}: resize it first"
+            )
+        pixels = pixels[top : top + self._size, left : left + self._size]
+        return {"image": np.ascontiguousarray(pixels), "label": self._labels[index]}
+
+    def _find_labels(self) -> list[int]:
+        numbered = [re.match(r"(\d+)_", os.path.basename(name)) for name in self._names]
+        if all(numbered):
+            return [int(match[1]) for match in numbered if match]
+        folders = [os.path.dirname(name) for name in self._names]
+        classes = sorted(set(folders))
+        if len(classes) == 1:
+            unnamed = next(n for n, m in zip(self._names, numbered, strict=True) if m is None)
+            raise DataError(
+                f"{unnamed} in {self._path} says no class: name files <class>_….JPEG, or put each "
+                "class into a folder of its own"
+            )
+        return [classes.index(folder) for folder in folders]
+
+
+def _open(folder: Path) -> tuple[list[str], Callable[[str], bytes]]:
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    return names, lambda name: (folder / name).read_bytes()
+
+
+def _open_zip(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist(), functools.partial(_read_zipped, path)
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{path} is not a zip file ({error}): get a fresh copy of it") from error
+
+
+def _read_zipped(path: Path, name: str) -> bytes:
+    # Opened anew for each image: an open archive cannot be read by several threads at once.
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(name)
