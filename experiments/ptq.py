@@ -1,10 +1,11 @@
 """Quantise a pretrained image classifier without training it, and measure what that costs.
 
 Usage:
-    python -m experiments.ptq --config=configs/NAME.py[:NOTATION] --workdir=DIR [--config.KEY=VALUE …]
+    python -m experiments.ptq --config=configs/NAME.py[:NOTATION] --workdir=DIR \
+        [--config.KEY=VALUE …]
 
-NOTATION is W/A/ws/as: bits of weights and activations (U: unsigned where the data is), then bits of
-the scales of their vectors of 16, or "-" for one floating-point scale a channel or layer.
+NOTATION is W/A/ws/as: bits of weights and activations (U: unsigned where the data is), then bits
+of the scales of their vectors of 16, or "-" for one floating-point scale a channel or layer.
 
 Examples:
     A pretrained ResNet-20 on CIFAR-10, 4-bit vectors under 4- and 6-bit integer scales (VS-Quant):

@@ -1,11 +1,12 @@
 """VS-Quant's post-training tables (arXiv:2102.04503, tables 2 to 5) for a network of one's own.
 
 Usage:
-    python -m experiments.ptq_tables --config=configs/NAME_ptq.py --workdir=DIR [--config.KEY=VALUE …]
+    python -m experiments.ptq_tables --config=configs/NAME_ptq.py --workdir=DIR \
+        [--config.KEY=VALUE …]
 
 Each table is a list of settings of the config; each setting is measured once and written to
-DIR/cells.jsonl as soon as it is known, so that the same command goes on where it was stopped. At the
-end DIR gets result.json.
+DIR/cells.jsonl as soon as it is known, so that the same command goes on where it was stopped. At
+the end DIR gets result.json.
 
     calibrators  seven calibrators, one scale a channel or layer, static thresholds  (table 2)
     vectors      vectors of 16, floating-point scales                                (table 3)
@@ -205,8 +206,11 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         logger.info(
             "%d/%d %s, %s, %s: %.1f %%", number, len(todo), *cell[:3], 100 * measured["accuracy"]
         )
-    metrics = {"float_accuracy": float_accuracy["accuracy"], "count": float_accuracy["count"]}
-    metrics["cells"] = [done[cell[:3]] for cell in todo]
+    metrics = {
+        "float_accuracy": float_accuracy["accuracy"],
+        "count": float_accuracy["count"],
+        "cells": [done[cell[:3]] for cell in todo],
+    }
     return folder.finish(settings, metrics, wall_seconds=time.monotonic() - started)
 
 

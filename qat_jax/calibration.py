@@ -76,7 +76,8 @@ def calibrate(
     observe = _observer(model)
     total: dict[str, jax.Array] = {}
     count = 0
-    for count, batch in enumerate(batches, start=1):
+    for batch in batches:
+        count += 1
         candidates = observe(*batch)
         for path in quantizers:
             if path in candidates:
@@ -151,6 +152,6 @@ def _observer(model: nnx.Module) -> Callable[..., dict[str, jax.Array]]:
         runs: dict[str, list[jax.Array]] = {}
         for name, candidate in captured_by_operand(captured).items():
             runs.setdefault(re.sub(r"/\d+$", "", name), []).append(candidate)
-        return {name: sum(found) / len(found) for name, found in runs.items()}
+        return {name: jnp.mean(jnp.stack(found), axis=0) for name, found in runs.items()}
 
     return lambda *inputs: observe(state, *inputs)

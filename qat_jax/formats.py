@@ -143,8 +143,8 @@ class Int:
     @property
     def midpoints(self) -> np.ndarray:
         """0.5, 1.5, … up to the middle between the two outermost codes of the longer side."""
-        grids = [self._grid(signed) for signed in (True, False) if self.signed in (signed, None)]
-        return np.arange(max(max(-grid.low, grid.high) for grid in grids)) + 0.5
+        longest = 2 ** (self.bits - 1) if self.signed else 2**self.bits - 1
+        return np.arange(longest - (self.signed is True and self.narrow)) + 0.5
 
     def _grid(self, signed: bool) -> Grid:
         highest = 2.0 ** (self.bits - signed) - 1

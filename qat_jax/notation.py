@@ -7,7 +7,7 @@ _SCALES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _FORM = (
     "W/A/ws/as: bits of weights, bits of activations (with U: unsigned where the data is), bits of "
     "the weights' and of the activations' vector scales (2 to 16, fp32, fp16, bf16, or - for one "
-    "floating-point scale a channel or layer), as in 4/4U/4/6, 4/8/6/10, 8/8U/-/-, or 8/8U for short"
+    "floating-point scale a channel or layer), as in 4/4U/4/6, 4/8/6/10, 8/8U/-/-, in short 8/8U"
 )
 
 
@@ -38,8 +38,9 @@ class Notation:
           ValueError: it cannot be read; the message teaches the notation.
 
         Example:
-          >>> Notation.parse("4/4U/4/6")
-          Notation(weight_bits=4, activation_bits=4, unsigned=True, weight_scale=4, activation_scale=6)
+          >>> Notation.parse("4/8U/-/6")  # doctest: +NORMALIZE_WHITESPACE
+          Notation(weight_bits=4, activation_bits=8, unsigned=True, weight_scale=None,
+                   activation_scale=6)
           >>> print(Notation.parse("8/8/-/-"))
           8/8/-/-
         """
@@ -60,13 +61,14 @@ class Notation:
         )
 
     def __str__(self) -> str:
-        names = {dtype: name for name, dtype in _SCALES.items()} | {None: "-"}
+        names: dict[int | str | None, str] = {None: "-"}
+        names |= {dtype: name for name, dtype in _SCALES.items()}
         return "/".join(
             [
                 str(self.weight_bits),
                 f"{self.activation_bits}{'U' if self.unsigned else ''}",
                 *(
-                    str(names.get(scale, scale))
+                    names.get(scale, str(scale))
                     for scale in (self.weight_scale, self.activation_scale)
                 ),
             ]

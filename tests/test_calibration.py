@@ -1,0 +1,126 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import qat_jax as qj
+from qat_jax.nnx import operand_quantizers
+
+
+def network(notation="4/4", **options):
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Linear(6, 8, rngs=rngs),
+        nnx.relu,
+        nnx.Dropout(0.5, rngs=rngs),
+        nnx.Linear(8, 3, rngs=rngs),
+    )
+    return qj.quantize_model(model, qj.Policy.from_notation(notation, **options))
+
+
+def batches(count=3):
+    return [jax.random.normal(jax.random.key(i), (4, 6)) * (i + 1) for i in range(count)]
+
+
+def test_thresholds_are_the_mean_of_the_candidates():
+    model = network()
+    frozen = qj.calibrate(model, batches())
+    assert len(frozen) == 4
+    quantizers = operand_quantizers(model)
+    largest = [float(jnp.abs(x).max()) for x in batches()]
+    np.testing.assert_allclose(
+        quantizers["layers/0/activations"].threshold[...], [[np.mean(largest)]], rtol=1e-6
+    )
+    kernel = model.layers[0].kernel[...]
+    np.testing.assert_allclose(
+        quantizers["layers/0/weights"].threshold[...], jnp.abs(kernel).max(0, keepdims=True)
+    )
+    # The second layer was observed behind the first one in float, without dropout.
+    hidden = [nnx.relu(x @ kernel + model.layers[0].bias[...]) for x in batches()]
+    np.testing.assert_allclose(
+        quantizers["layers/3/activations"].threshold[...],
+        [[np.mean([float(h.max()) for h in hidden])]],
+        rtol=1e-6,
+    )
+
+
+def test_pooled_thresholds_are_those_of_one_large_batch():
+    model, clipping = network(activation_clipping=qj.Octav()), qj.Octav()
+    qj.calibrate(model, batches(), pool=True)
+    joined = jnp.concatenate(batches())
+    np.testing.assert_allclose(
+        operand_quantizers(model)["layers/0/activations"].threshold[...],
+        clipping.threshold(joined, qj.Int(4, narrow=True), (0, 1)),
+    )
+
+
+def test_frozen_thresholds_are_used_and_dynamic_ones_stay():
+    model = network()
+    model.eval()
+    x = 100 * batches()[0]
+    dynamic = model(x)
+    qj.calibrate(model, batches(), operands=".*/activations")
+    assert operand_quantizers(model)["layers/0/weights"].threshold is None
+    assert jnp.abs(model(x)).max() < jnp.abs(dynamic).max() / 5  # clipped far below
+
+
+def test_vectors_of_activations_stay_dynamic():
+    model = network("4/4/4/6", vector_size=4)
+    assert qj.calibrate(model, batches()) == ("layers/0/weights", "layers/3/weights")
+    assert jnp.isfinite(model(batches()[0])).all()
+    with pytest.raises(ValueError, match="granularity PerTensor"):
+        qj.calibrate(model, batches(), operands=".*/activations")
+
+
+def test_saved_and_loaded(tmp_path):
+    model, other = network(), network()
+    with pytest.raises(ValueError, match="calibrate it first"):
+        qj.save_thresholds(model, tmp_path / "t.safetensors")
+    qj.calibrate(model, batches())
+    qj.save_thresholds(model, tmp_path / "t.safetensors")
+    qj.load_thresholds(other, tmp_path / "t.safetensors")
+    model.eval()
+    other.eval()
+    x = batches()[1]
+    np.testing.assert_array_equal(model(x), other(x))
+    plain = nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="the policy that was calibrated"):
+        qj.load_thresholds(plain, tmp_path / "t.safetensors")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        qj.load_thresholds(plain, tmp_path / "no.safetensors")
+
+
+def test_frozen_thresholds_are_state_and_survive_jit_and_training():
+    model = network()
+    qj.calibrate(model, batches())
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    assert not [p for p in jax.tree.leaves(params) if p.shape == (1, 1)]
+
+    @jax.jit
+    def loss(params, rest, x):
+        return jnp.sum(nnx.merge(graphdef, params, rest)(x) ** 2)
+
+    grads = jax.grad(loss)(params, rest, batches()[0])
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_nothing_to_calibrate_with_is_an_error():
+    with pytest.raises(ValueError, match="at least one"):
+        qj.calibrate(network(), [])
+    with pytest.raises(ValueError, match="at least one"):
+        qj.calibrate(network(), [], pool=True)
+    with pytest.raises(ValueError, match="quantise the model first"):
+        qj.calibrate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), batches())
+
+
+def test_the_storage_of_a_model():
+    model = network("4/4/4/6", vector_size=4)
+    storage = qj.operand_storage(model, batches()[0])
+    # 6 inputs are two vectors, the last one shorter; 8 outputs have a coarse scale each.
+    assert storage["layers/0/weights"] == qj.Storage(48, 48 * 4, 2 * 8 * 4, 8 * 32)
+    assert storage["layers/0/activations"] == qj.Storage(24, 24 * 4, 4 * 2 * 6, 32)
+    whole = qj.model_storage(model, batches()[0])
+    assert whole.elements == 48 + 8 + 24 + 3
+    assert whole.code_bits == (48 + 24) * 4 + 11 * 32
+    assert whole.bytes == -(-(whole.code_bits + whole.scale_bits + whole.coarse_bits) // 8)
