@@ -2,11 +2,16 @@
 
 from ml_collections import ConfigDict
 
-DEFAULTS = {"bits": "32", "clipping": "octav", "gradient": "mph"}
+from qat_jax import Notation
+
+DEFAULTS = {"bits": "32", "notation": "", "clipping": "octav", "gradient": "mph"}
 
 
 def quant_config(arg: str) -> ConfigDict:
     """Reads "bits=4,clipping=octav,gradient=mph"; "" and "float" mean no quantisation.
+
+    "notation=3/3U/4/6" in the place of bits asks for vectors (see `qat_jax.Notation`); the clipping
+    is then that of the weights, activations being scaled by their maximum.
 
     Args:
         arg: comma-separated `key=value`; a key that is not given has its default.
@@ -17,7 +22,7 @@ def quant_config(arg: str) -> ConfigDict:
     Example:
         >>> quant_config("bits=4,clipping=max").to_dict()
         {'activation_bits': 4, 'clipping': 'max', 'diagnostics': False, 'edge_clipping': 'max',
-         'gradient': 'mph', 'narrow': True, 'weight_bits': 4}
+         'gradient': 'mph', 'narrow': True, 'notation': '', 'weight_bits': 4}
     """
     values = dict(DEFAULTS)
     parts = [] if arg == "float" else [part for part in arg.split(",") if part]
@@ -25,14 +30,17 @@ def quant_config(arg: str) -> ConfigDict:
         key, equals, value = part.partition("=")
         if not equals or key not in DEFAULTS:
             raise ValueError(
-                f"cannot read {part!r}: give 'float' or some of bits=4, clipping=octav|max, "
+                f"cannot read {part!r}: give 'float' or some of bits=4 or notation=4/4U/4/6, clipping=octav|max, "
                 "gradient=mph|mad|pwl|ste, separated by commas"
             )
         values[key] = value
     if not values["bits"].isdigit():
         raise ValueError(f"bits={values['bits']} is not a whole number: give bits=4 or the like")
+    if values["notation"]:
+        values["notation"] = str(Notation.parse(values["notation"]))
     return ConfigDict(
         {
+            "notation": values["notation"],  # of vectors; "" for the bits below
             "weight_bits": int(values["bits"]),
             "activation_bits": int(values["bits"]),
             "clipping": values["clipping"],

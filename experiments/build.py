@@ -140,6 +140,15 @@ def quantise(model: nnx.Module, quant: ConfigDict) -> nnx.Module:
     Raises:
         ValueError: there is no such clipping, gradient or number of bits.
     """
+    if quant.notation:
+        policy = qj.Policy.from_notation(
+            quant.notation,
+            first="conv1",
+            last="linear",
+            weight_clipping=clipping(quant.clipping),
+            gradient=quant.gradient,
+        )
+        return qj.quantize_model(model, policy)
     if quant.weight_bits == quant.activation_bits == FLOAT_BITS:
         return model
     policy = qj.uniform_policy(

@@ -207,13 +207,13 @@ def test_the_sign_of_all_of_x_holds_for_shorter_last_vectors():
     x = jnp.abs(jax.random.normal(jax.random.key(0), (3, 20))).at[0, 0].set(-1)
     format = qj.Int(4, signed=None, narrow=True)
     auto = qj.Quantizer(format, qj.PerVector(16), qj.Octav())
-    for x, signed in ((x, True), (jnp.abs(x), False)):
+    for y, signed in ((x, True), (jnp.abs(x), False)):
         plain = qj.Quantizer(qj.Int(4, signed=signed, narrow=True), qj.PerVector(16), qj.Octav())
-        np.testing.assert_array_equal(auto(x, vector_axis=1), plain(x, vector_axis=1))
+        np.testing.assert_array_equal(auto(y, vector_axis=1), plain(y, vector_axis=1))
 
 
 def test_wrong_options_name_the_right_ones():
-    with pytest.raises(ValueError, match="IntScale.codes is one of"):
+    with pytest.raises(ValueError, match=r"IntScale\.codes is one of"):
         qj.IntScale(4, codes="exact")
     with pytest.raises(ValueError, match="2 to 16 bits"):
         qj.IntScale(1)
