@@ -30,8 +30,8 @@ def quant_config(arg: str) -> ConfigDict:
         key, equals, value = part.partition("=")
         if not equals or key not in DEFAULTS:
             raise ValueError(
-                f"cannot read {part!r}: give 'float' or some of bits=4 or notation=4/4U/4/6, clipping=octav|max, "
-                "gradient=mph|mad|pwl|ste, separated by commas"
+                f"cannot read {part!r}: give 'float' or some of bits=4, notation=4/4U/4/6, "
+                "clipping=octav|max|exact, gradient=mph|mad|pwl|ste, separated by commas"
             )
         values[key] = value
     if not values["bits"].isdigit():

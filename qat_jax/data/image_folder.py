@@ -29,7 +29,8 @@ class ImageFolder:
     Args:
       path: a folder, searched through all of its folders, or a .zip file.
       size: side of the centre crop, in pixels.
-      resize: length that the shorter side is brought to before; None leaves the image as it is.
+      resize: length that the shorter side is brought to before; None leaves the image as it is,
+        unless it is smaller than the crop.
 
     Raises:
       DataError: there are no images, or a name says no class.
@@ -54,7 +55,7 @@ class ImageFolder:
         """`image`, uint8 [size, size, 3], and `label`.
 
         Raises:
-          DataError: the file is damaged, or smaller than the crop.
+          DataError: the file is damaged.
         """
         name = self._names[index]
         try:
@@ -62,17 +63,13 @@ class ImageFolder:
                 image = file.convert("RGB")
         except (OSError, zipfile.BadZipFile) as error:
             raise DataError(f"cannot read {name} in {self._path}: {error}") from error
-        if self._resize is not None:
-            scale = self._resize / min(image.size)
+        shorter = max(self._size, self._resize or min(image.size))
+        if shorter != min(image.size):
+            scale = shorter / min(image.size)
             width, height = (round(side * scale) for side in image.size)
             image = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
         pixels = np.asarray(image)
         top, left = ((side - self._size) // 2 for side in pixels.shape[:2])
-        if min(top, left) < 0:
-            raise DataError(
-                f"{name} in {self._path} has {pixels.shape[1]}x{pixels.shape[0]} pixels, fewer "
-                f"than the crop of {self._size}: resize it first"
-            )
         pixels = pixels[top : top + self._size, left : left + self._size]
         return {"image": np.ascontiguousarray(pixels), "label": self._labels[index]}
 
