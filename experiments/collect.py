@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("weight_bits", "activation_bits", "clipping", "gradient", "narrow")
+COLUMNS = ("notation", "weight_bits", "activation_bits", "clipping", "gradient", "narrow")
 
 
 def gather(runs: Path) -> list[dict[str, Any]]:
@@ -29,7 +29,8 @@ def gather(runs: Path) -> list[dict[str, Any]]:
         result = json.loads(path.read_text())
         result["command"] = without_folders(result["command"])
         result["quant"] = result.pop("config").get("quant")
-        result["metrics"].pop("diagnostics", None)  # a few figures for each layer: too much here
+        for bulky in ("diagnostics", "effective_bits"):  # figures for each layer: too much here
+            result["metrics"].pop(bulky, None)
         result["metrics"]["accuracy_before"] = accuracy_before(path.with_name("metrics.jsonl"))
         found.append({"name": path.parent.name, **result})
     if not found:
@@ -65,7 +66,7 @@ def table(results: list[dict[str, Any]]) -> str:
         metrics = result["metrics"]
         cells = [
             result["name"],
-            *(result["quant"][column] for column in COLUMNS),
+            *(result["quant"].get(column) or "-" for column in COLUMNS),
             result["seed"],
             "-" if (before := metrics["accuracy_before"]) is None else f"{100 * before:.1f}",
             f"{100 * metrics['test_accuracy']:.1f}",

@@ -77,10 +77,10 @@ def test_what_is_wrong_is_named(flat, tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         ImageFolder(tmp_path / "none", size=4)
     (flat / "9_broken.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match="cannot read 9_broken.png"):
+    with pytest.raises(DataError, match=r"cannot read 9_broken\.png"):
         ImageFolder(flat, size=4)[3]
     save(flat / "nameless.png")
-    with pytest.raises(DataError, match="nameless.png in .* says no class"):
+    with pytest.raises(DataError, match=r"nameless\.png in .* says no class"):
         ImageFolder(flat, size=4)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no images"):

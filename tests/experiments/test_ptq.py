@@ -1,3 +1,5 @@
+import csv
+import itertools
 import json
 
 import jax
@@ -5,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
 import qat_jax as qj
-from experiments import cli, collect, ptq
+from experiments import cli, collect, ptq, ptq_figures, ptq_tables
 from qat_jax.models import CifarResNet, load_weights, save_weights
 
 # Measured with an independent sketch of the same method, batches of 250 images: per cent.
@@ -54,7 +57,7 @@ def weights(tmp_path_factory):
 def command(workdir, weights, *changes):
     return [
         "ptq",
-        "--config=configs/cifar10_resnet20_ptq.py:bits=4",
+        "--config=configs/cifar10_resnet20_ptq.py:4/4U/4/6",
         f"--workdir={workdir}",
         f"--config.model.pretrained={weights}",
         "--config.dataset.name=digits",
@@ -78,6 +81,8 @@ def test_the_main_leaves_what_it_promises(tmp_path, weights, capsys):
     assert lines[1]["correct"] == metrics["test_correct"]
     assert len(metrics["diagnostics"]) == 2 * 8
     assert 5 < metrics["diagnostics"]["layer1/0/conv1/weights"]["sqnr_db"] < 30
+    # 4 inputs are a vector; each has a 4-bit scale, each of 4 outputs a coarse one of 32 bits.
+    assert metrics["effective_bits"]["layer1/0/conv1/weights"] == round(4 + 4 / 4 + 32 / 36, 4)
     assert cli.main(ptq.run, ptq.__doc__, command(workdir, weights)) == 0
     assert "nothing to do" in capsys.readouterr().err
 
@@ -99,3 +104,70 @@ def test_without_weights_there_is_nothing_to_quantise(tmp_path, weights, capsys)
 def test_collecting_nothing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished run"):
         collect.gather(tmp_path)
+
+
+def test_static_thresholds_are_left_beside_the_result(tmp_path, weights):
+    changes = ["--config.calibration.batches=2", "--config.clipping.activations=octav"]
+    arguments = command(tmp_path / "x", weights, *changes)
+    arguments[1] = "--config=configs/cifar10_resnet20_ptq.py:4/4U"
+    assert cli.main(ptq.run, ptq.__doc__, arguments) == 0
+    thresholds = load_file(tmp_path / "x" / ptq.THRESHOLDS)
+    assert len(thresholds) == 2 * 8
+    assert thresholds["layer1/0/conv1/activations"].shape == (1, 1, 1, 1)
+
+
+def test_batch_norms_are_folded_and_layers_overridden(tmp_path, weights):
+    changes = ["--config.fold_batch_norm=True", "--config.quant.overrides=('layer1/.*=8/8U',)"]
+    assert cli.main(ptq.run, ptq.__doc__, command(tmp_path / "x", weights, *changes)) == 0
+    metrics = json.loads((tmp_path / "x" / "result.json").read_text())["metrics"]
+    diagnostics = metrics["diagnostics"]
+    eight, four = (diagnostics[f"layer{i}/0/conv2/weights"]["sqnr_db"] for i in (1, 2))
+    assert eight > four + 15
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--config.clipping.weights=best", "give one of max, octav"),
+        ("--config.quant.notation=4x4", "write W/A/ws/as"),
+        ("--config.scale.codes=some", "IntScale.codes is one of"),
+        ("--config.quant.overrides=('conv1',)", "write PATTERN=NOTATION"),
+    ],
+)
+def test_wrong_settings_end_before_anything_is_written(tmp_path, weights, capsys, change, message):
+    arguments = command(tmp_path / "x", weights, change)
+    assert cli.main(ptq.run, ptq.__doc__, arguments) == cli.WRONG_USAGE
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_tables_go_on_where_they_were_stopped(tmp_path, weights, monkeypatch):
+    sizes = ptq_tables.TABLES["sizes"]
+    monkeypatch.setitem(ptq_tables.TABLES, "short", lambda n: itertools.islice(sizes(n), 3))
+    arguments = command(tmp_path / "x", weights, "--config.tables=('short',)")
+    measure, measured = ptq_tables.measure, []
+
+    def stopped(bench, config):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(config.quant.vector_size)
+        return measure(bench, config)
+
+    monkeypatch.setattr(ptq_tables, "measure", stopped)
+    assert cli.main(ptq_tables.run, ptq_tables.__doc__, arguments) == 130
+    monkeypatch.setattr(ptq_tables, "measure", measure)
+    assert cli.main(ptq_tables.run, ptq_tables.__doc__, arguments) == 0
+    metrics = json.loads((tmp_path / "x" / "result.json").read_text())["metrics"]
+    assert [cell["column"] for cell in metrics["cells"]] == ["1", "2", "4"]
+    assert measured == [1, 2]
+
+    ptq_figures.write(tmp_path, tmp_path / "figures" / "net")
+    rows = list(csv.DictReader((tmp_path / "figures" / "net_short.csv").open()))
+    assert [row["column"] for row in rows] == ["1", "2", "4"]
+    assert (tmp_path / "figures" / "net_short.png").stat().st_size > 5000
+
+
+def test_an_unknown_table_is_refused(tmp_path, weights, capsys):
+    arguments = command(tmp_path / "x", weights, "--config.tables=('sizez',)")
+    assert cli.main(ptq_tables.run, ptq_tables.__doc__, arguments) == cli.WRONG_USAGE
+    assert "give some of calibrators" in capsys.readouterr().err

@@ -1,0 +1,191 @@
+"""CSVs, a JSON and figures from finished runs of `experiments.ptq_tables`.
+
+Usage:
+    python -m experiments.ptq_figures --runs=DIR --out=results/NAME
+
+Reads every DIR/*/result.json and writes, for each table TABLE, results/NAME_TABLE.csv and .png; and
+results/NAME.json, which has each run's command, commit, versions, device and seed. What VS-Quant
+(arXiv:2102.04503) published for ResNet-50 on ImageNet stands beside, labelled as published.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.collect import without_folders
+
+# ImageNet top-1 of ResNet-50 (76.16 in float), per cent: VS-Quant's tables 2 to 5, as published.
+PUBLISHED_FLOAT = 76.16
+_PUBLISHED_CALIBRATORS = {
+    "3/3U": (0.18, 6.61, 7.11, 4.6, 1.54, 0.45, 0.23),
+    "4/4U": (60.31, 70.76, 70.46, 70.55, 68.71, 66.47, 55.27),
+    "6/6U": (75.43, 75.79, 75.24, 75.8, 75.73, 75.66, 75.34),
+    "8/8U": (76.16, 76.13, 75.37, 76.07, 76.11, 76.07, 76.06),
+}
+_PUBLISHED_SCALES = {
+    "4/3U": (72.64, 73.51, 73.53, 74.33, 73.82, 74.69, 74.71),
+    "4/4U": (73.39, 74.2, 74.36, 75.04, 74.58, 75.35, 75.28),
+    "4/8U": (73.65, 74.42, 74.66, 75.21, 74.83, 75.42, 75.42),
+    "6/6U": (74.69, 75.13, 75.13, 75.74, 75.4, 75.96, 76.0),
+}
+_CALIBRATORS = ("max", "entropy", "p99.9", "p99.99", "p99.999", "p99.9999", "mse")
+_SCALES = ("3/4", "3/6", "4/4", "4/6", "6/4", "6/6", "fp32/fp32")
+PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
+    "calibrators": {
+        row: dict(zip(_CALIBRATORS, values, strict=True))
+        for row, values in _PUBLISHED_CALIBRATORS.items()
+    },
+    "vectors": {
+        row: {"V16 max": value}
+        for row, value in {"3/3U": 69.78, "4/4U": 75.28, "6/6U": 76.0, "8/8U": 76.15}.items()
+    },
+    "sizes": {
+        "6/6U": {
+            "1": 76.13,
+            "2": 76.08,
+            "4": 76.05,
+            "8": 76.05,
+            "16": 76.0,
+            "32": 75.96,
+            "64": 75.96,
+        }
+    },
+    "scales": {
+        row: dict(zip(_SCALES, values, strict=True)) for row, values in _PUBLISHED_SCALES.items()
+    },
+}
+
+
+def write(runs: Path, out: Path) -> list[Path]:
+    """Writes the files of every table found.
+
+    Args:
+        runs: the folder above the run folders.
+        out: where to write, without a suffix; its folder is made.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FileNotFoundError: there is no finished run of `ptq_tables`.
+    """
+    results = [json.loads(path.read_text()) for path in sorted(runs.glob("*/result.json"))]
+    results = [result for result in results if "cells" in result["metrics"]]
+    if not results:
+        raise FileNotFoundError(f"no finished run of ptq_tables in {runs}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    written = [out.with_suffix(".json")]
+    written[0].write_text(json.dumps([_summary(result) for result in results], indent=1) + "\n")
+    for result in results:
+        metrics = result["metrics"]
+        for table in dict.fromkeys(cell["table"] for cell in metrics["cells"]):
+            cells = [cell for cell in metrics["cells"] if cell["table"] == table]
+            stem = f"{out.name}_{table}"
+            _write_csv(cells, metrics["float_accuracy"], out.with_name(f"{stem}.csv"))
+            _draw(cells, metrics, result["experiment"], table, out.with_name(f"{stem}.png"))
+            written += [out.with_name(f"{stem}.csv"), out.with_name(f"{stem}.png")]
+    return written
+
+
+def _summary(result: dict[str, Any]) -> dict[str, Any]:
+    """Where the cells of a run come from."""
+    kept = ("experiment", "git_commit", "versions", "device", "seed", "wall_seconds")
+    summary = {key: result[key] for key in kept}
+    metrics = result["metrics"]
+    return summary | {
+        "command": without_folders(result["command"]),
+        "float_accuracy": metrics["float_accuracy"],
+        "images": metrics["count"],
+        "tables": sorted({cell["table"] for cell in metrics["cells"]}),
+    }
+
+
+def _write_csv(cells: list[dict[str, Any]], float_accuracy: float, path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(
+            [
+                "row",
+                "column",
+                "accuracy_percent",
+                "float_percent",
+                "bits_per_parameter",
+                "published_resnet50_imagenet_percent",
+            ]
+        )
+        for cell in cells:
+            published = PUBLISHED.get(cell["table"], {}).get(cell["row"], {}).get(cell["column"])
+            writer.writerow(
+                [
+                    cell["row"],
+                    cell["column"],
+                    f"{100 * cell['accuracy']:.1f}",
+                    f"{100 * float_accuracy:.1f}",
+                    f"{cell['bits_per_parameter']:.3f}",
+                    "" if published is None else published,
+                ]
+            )
+
+
+def _draw(
+    cells: list[dict[str, Any]],
+    metrics: dict[str, Any],
+    experiment: str,
+    table: str,
+    path: Path,
+) -> None:
+    """A line for each row over the columns: points lost against float."""
+    published = PUBLISHED.get(table, {})
+    figure = Figure(figsize=(12 if published else 8, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2 if published else 1, sharey=True, squeeze=False)
+    found: dict[str, dict[str, float]] = {}
+    for cell in cells:
+        found.setdefault(cell["row"], {})[cell["column"]] = 100 * cell["accuracy"]
+    float_percent = 100 * metrics["float_accuracy"]
+    title = f"{experiment}: {metrics['count']} images, float {float_percent:.1f} %"
+    _lines(axes[0, 0], found, float_percent, title)
+    axes[0, 0].set_ylabel("points below float")
+    if published:
+        title = f"as published: ResNet-50, ImageNet, float {PUBLISHED_FLOAT} %"
+        _lines(axes[0, 1], published, PUBLISHED_FLOAT, title)
+    figure.suptitle(table)
+    figure.savefig(path, dpi=110)
+
+
+def _lines(axes: Any, rows: dict[str, dict[str, float]], reference: float, title: str) -> None:
+    for row, values in rows.items():
+        lost = [reference - value for value in values.values()]
+        axes.plot(list(values), lost, "o-", label=row)
+    axes.set_title(title, fontsize=10)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.invert_yaxis()
+    axes.set_yticks([0, 1, 2, 5, 10, 20, 50], labels=["0", "1", "2", "5", "10", "20", "50"])
+    axes.grid(alpha=0.3)
+    axes.tick_params(axis="x", labelrotation=30)
+    axes.legend(fontsize=8)
+
+
+def main() -> int:
+    """Reads the flags and writes the files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, required=True, help="the folder above the run folders")
+    parser.add_argument("--out", type=Path, required=True, help="where to write, without a suffix")
+    arguments = parser.parse_args()
+    try:
+        written = write(arguments.runs, arguments.out)
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(*written, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
