@@ -1,5 +1,6 @@
 """Quantisation-aware training and post-training quantisation in JAX."""
 
+from qat_jax.batch_norm import fold_batch_norm, reestimate_batch_norm
 from qat_jax.calibration import calibrate, load_thresholds, save_thresholds
 from qat_jax.clipping import AbsMax, Entropy, Exact, Fixed, MseSweep, Octav, Percentile, octav
 from qat_jax.diagnostics import Diagnostics, diagnose, fake_quant_with_diagnostics
@@ -47,6 +48,7 @@ __all__ = [
     "einsum",
     "fake_quant",
     "fake_quant_with_diagnostics",
+    "fold_batch_norm",
     "load_thresholds",
     "model_storage",
     "octav",
@@ -54,6 +56,7 @@ __all__ = [
     "preset",
     "quantize",
     "quantize_model",
+    "reestimate_batch_norm",
     "report",
     "save_thresholds",
     "uniform_policy",

@@ -23,7 +23,7 @@ class MyModel(nnx.Module):
 
 
 def test_the_readme_runs(capsys):
-    whole, rules, pure, diagnostics = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    whole, rules, pure, vectors, diagnostics = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     images = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
     names = {"MyModel": MyModel, "my_loss": lambda y, target: jnp.mean((y - target) ** 2)}
     exec(whole, names)
@@ -38,6 +38,8 @@ def test_the_readme_runs(capsys):
     exec(rules, names)
     w = jax.random.normal(jax.random.key(1), (8, 5))
     exec(pure, names | {"x": w.T, "w": w, "dims": (((1,), (0,)), ((), ()))})
+
+    exec(vectors, names | {"x": jax.random.normal(jax.random.key(2), (40, 5)), "nnx": nnx})
 
     names["x"] = images
     exec(diagnostics, names)
