@@ -146,28 +146,47 @@ def _draw(
     found: dict[str, dict[str, float]] = {}
     for cell in cells:
         found.setdefault(cell["row"], {})[cell["column"]] = 100 * cell["accuracy"]
+    if all(len(values) == 1 for values in found.values()):  # then the rows are what is compared
+        found, published = _transposed(found), _transposed(published)
+    colours = {row: f"C{number}" for number, row in enumerate(found)}
     float_percent = 100 * metrics["float_accuracy"]
     title = f"{experiment}: {metrics['count']} images, float {float_percent:.1f} %"
-    _lines(axes[0, 0], found, float_percent, title)
+    _lines(axes[0, 0], found, float_percent, title, colours)
     axes[0, 0].set_ylabel("points below float")
     if published:
         title = f"as published: ResNet-50, ImageNet, float {PUBLISHED_FLOAT} %"
-        _lines(axes[0, 1], published, PUBLISHED_FLOAT, title)
+        _lines(axes[0, 1], published, PUBLISHED_FLOAT, title, colours)
+    low, high = sorted(axes[0, 0].get_ylim())  # shared by both
+    ticks = [tick for tick in (0, 1, 2, 5, 10, 20, 50) if low <= tick <= high]
+    axes[0, 0].set_yticks(ticks, labels=map(str, ticks))
+    axes[0, 0].set_ylim(high, low)  # the better, the higher
     figure.suptitle(table)
     figure.savefig(path, dpi=110)
 
 
-def _lines(axes: Any, rows: dict[str, dict[str, float]], reference: float, title: str) -> None:
+def _transposed(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    columns: dict[str, dict[str, float]] = {}
+    for row, values in rows.items():
+        for column, value in values.items():
+            columns.setdefault(column, {})[row] = value
+    return columns
+
+
+def _lines(
+    axes: Any,
+    rows: dict[str, dict[str, float]],
+    reference: float,
+    title: str,
+    colours: dict[str, str],
+) -> None:
     for row, values in rows.items():
         lost = [reference - value for value in values.values()]
-        axes.plot(list(values), lost, "o-", label=row)
+        axes.plot(list(values), lost, "o-", label=row, color=colours.get(row, "black"))
     axes.set_title(title, fontsize=10)
     axes.set_yscale("symlog", linthresh=1)
-    axes.invert_yaxis()
-    axes.set_yticks([0, 1, 2, 5, 10, 20, 50], labels=["0", "1", "2", "5", "10", "20", "50"])
     axes.grid(alpha=0.3)
     axes.tick_params(axis="x", labelrotation=30)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower right")
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from qat_jax.clipping import AbsMax, Clipping, Exact, Octav
+from qat_jax.clipping import AbsMax, Clipping, Octav
 from qat_jax.formats import Float, Format, Int
 from qat_jax.granularity import Granularity, PerChannel, PerTensor, PerVector
 from qat_jax.notation import Notation
@@ -261,8 +261,7 @@ def preset(name: str, *, first: str | None = None, last: str | None = None) -> P
     Args:
       name: one of three kinds. ``octav`` or ``max``, then the bits of weights and of activations,
         then if wanted the gradient (``mph`` if not): see `uniform_policy`. ``vsquant-`` and a
-        `Notation`: see `Policy.from_notation`, with the exact optimum for weights; with
-        ``vsquant-paper-`` they have the paper's maximum. ``nvfp4``, ``mxfp4``, ``mxfp6`` (E2M3),
+        `Notation`: see `Policy.from_notation`. ``nvfp4``, ``mxfp4``, ``mxfp6`` (E2M3),
         ``mxfp6-e3m2``, ``mxfp8`` (E4M3), ``mxfp8-e5m2`` or ``mxint8``: weights and activations
         of all layers, the ends too, in that block format.
       first: pattern of the first convolution, kept at 8 bits; block formats do not.
@@ -282,12 +281,8 @@ def preset(name: str, *, first: str | None = None, last: str | None = None) -> P
         format, size, scale = _BLOCKS[name]
         block = Quantizer(format, PerVector(size), AbsMax(), "ste", scale)
         return Policy([Rule(".*", block, block)])
-    if name.startswith("vsquant-paper-"):
-        return Policy.from_notation(name.removeprefix("vsquant-paper-"), first=first, last=last)
     if name.startswith("vsquant-"):
-        # Two points better at 3 bits, and weights are small: docs/decisions.md.
-        notation = name.removeprefix("vsquant-")
-        return Policy.from_notation(notation, first=first, last=last, weight_clipping=Exact())
+        return Policy.from_notation(name.removeprefix("vsquant-"), first=first, last=last)
     match = re.fullmatch(r"(octav|max)-w(\d+)a(\d+)(?:-(mph|mad|pwl|ste))?", name)
     if match is None:
         raise ValueError(
