@@ -5,17 +5,17 @@
         --config.model.pretrained=PATH/akamaster_resnet20.safetensors
 
 First convolution and classifier at 8 bits, clipped at the maximum. Expected accuracy on the first
-1,000 test images (standard error about 0.9; float 91.5), dynamic thresholds, about ten seconds a
-run on two CPU cores:
+1,000 test images (standard error about 0.9; float 91.5), dynamic thresholds, batches of 250, about
+ten seconds a run on two CPU cores:
 
-    notation   max   --config.clipping.weights=octav --config.clipping.activations=octav
-    8/8U       91.8  91.3
-    4/4U       85.9  90.1
-    3/3U       46.9  64.0
-    4/4U/4/6   91.0
-    3/3U/4/6   85.1
+    notation   weights and activations clipped at the maximum   by OCTAV
+    8/8U       91.5                                             91.6
+    4/4U       85.7                                             89.1
+    4/4U/4/6   90.6
+    3/3U/4/6   85.3
 
-The composition of the batches moves the first three rows by some tenths of a point.
+(results/ptq_resnet20_per_channel.md, results/ptq_resnet20_scales.csv.) Without vectors the
+composition of the batches alone moves these by some tenths of a point.
 
 ARG: bits as W/A/ws/as, such as 4/4U/4/6: weights, activations (U: unsigned where they can be), the
 vector scales of each ("-": one floating-point scale a channel or layer); "float".

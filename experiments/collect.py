@@ -28,7 +28,12 @@ def gather(runs: Path) -> list[dict[str, Any]]:
     for path in sorted(runs.glob("*/result.json")):
         result = json.loads(path.read_text())
         result["command"] = without_folders(result["command"])
-        result["quant"] = result.pop("config").get("quant")
+        config = result.pop("config")
+        result["quant"] = config.get("quant")
+        if "clipping" in config:  # of a network quantised after training: a rule for each side
+            result["quant"]["clipping"] = "/".join(
+                config["clipping"][side] for side in ("weights", "activations")
+            )
         for bulky in ("diagnostics", "effective_bits"):  # figures for each layer: too much here
             result["metrics"].pop(bulky, None)
         result["metrics"]["accuracy_before"] = accuracy_before(path.with_name("metrics.jsonl"))

@@ -186,7 +186,7 @@ def _lines(
     axes.set_yscale("symlog", linthresh=1)
     axes.grid(alpha=0.3)
     axes.tick_params(axis="x", labelrotation=30)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="lower left")
 
 
 def main() -> int:

@@ -6,7 +6,9 @@ import functools
 import io
 import os
 import re
+import threading
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,26 +19,32 @@ import PIL.Image
 from qat_jax.data.prepare import DataError
 
 _SUFFIXES = (".jpeg", ".jpg", ".png")
+# What a damaged file raises; Pillow calls a broken PNG a SyntaxError.
+_DAMAGE = (OSError, SyntaxError, zipfile.BadZipFile, zlib.error)
 
 
 class ImageFolder:
     """The images of a folder or a zip file, read at random, in the order of their names.
 
     The class of an image is the number before the first `_` of its file's name
-    (`404_ILSVRC2012_val_00000001.JPEG`), or else the position of its folder among the sorted
-    folders (`n01440764/…`).
+    (`404_ILSVRC2012_val_00000001.JPEG`), or else its folder: the number that the folder is named by
+    (`404/…`), or its position among the sorted folders (`n01440764/…`). May be pickled, and read
+    by several threads at once.
 
     Args:
       path: a folder, searched through all of its folders, or a .zip file.
       size: side of the centre crop, in pixels.
-      resize: length that the shorter side is brought to before; None leaves the image as it is,
-        unless it is smaller than the crop.
+      resize: length that the shorter side is brought to before; None leaves the image as it is.
+        An image that would be smaller than the crop is enlarged to it.
 
     Raises:
       DataError: there are no images, or a name says no class.
+      ValueError: `size` is not positive.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, size: int, resize: int | None = None):
+        if size < 1:
+            raise ValueError(f"size is {size}: choose at least 1 pixel")
         self._path = Path(path)
         self._size = size
         self._resize = resize
@@ -61,8 +69,10 @@ class ImageFolder:
         try:
             with PIL.Image.open(io.BytesIO(self._read(name))) as file:
                 image = file.convert("RGB")
-        except (OSError, zipfile.BadZipFile) as error:
-            raise DataError(f"cannot read {name} in {self._path}: {error}") from error
+        except _DAMAGE as error:
+            raise DataError(
+                f"cannot read {name} in {self._path} ({error}): get a fresh copy of it"
+            ) from error
         shorter = max(self._size, self._resize or min(image.size))
         if shorter != min(image.size):
             scale = shorter / min(image.size)
@@ -78,9 +88,13 @@ class ImageFolder:
         if all(numbered):
             return [int(match[1]) for match in numbered if match]
         folders = [os.path.dirname(name) for name in self._names]
+        indices = [os.path.basename(folder) for folder in folders]
+        if all(index.isdecimal() for index in indices):
+            return [int(index) for index in indices]
         classes = sorted(set(folders))
-        if len(classes) == 1:
-            unnamed = next(n for n, m in zip(self._names, numbered, strict=True) if m is None)
+        if len(classes) == 1 or "" in classes:
+            unnumbered = [n for n, m in zip(self._names, numbered, strict=True) if m is None]
+            unnamed = min(unnumbered, key=os.path.dirname)  # one outside all folders, if any
             raise DataError(
                 f"{unnamed} in {self._path} says no class: name files <class>_….JPEG, or put each "
                 "class into a folder of its own"
@@ -89,19 +103,40 @@ class ImageFolder:
 
 
 def _open(folder: Path) -> tuple[list[str], Callable[[str], bytes]]:
-    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    return names, lambda name: (folder / name).read_bytes()
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return [path.relative_to(folder).as_posix() for path in files], functools.partial(_read, folder)
+
+
+def _read(folder: Path, name: str) -> bytes:
+    return (folder / name).read_bytes()
 
 
 def _open_zip(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist(), functools.partial(_read_zipped, path)
+        archive = _Zip(path)
     except zipfile.BadZipFile as error:
         raise DataError(f"{path} is not a zip file ({error}): get a fresh copy of it") from error
+    return archive.names(), archive.read
 
 
-def _read_zipped(path: Path, name: str) -> bytes:
-    # Opened anew for each image: an open archive cannot be read by several threads at once.
-    with zipfile.ZipFile(path) as archive:
-        return archive.read(name)
+class _Zip:
+    """A zip file that stays open: opening it reads the names of all images, however many.
+
+    One open archive cannot be read by several threads at once, so they take turns at the bytes;
+    decoding, which takes far longer, is left to each.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._archive = zipfile.ZipFile(path)
+        self._turn = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[_Zip], tuple[Path]]:
+        return _Zip, (self._path,)
+
+    def names(self) -> list[str]:
+        return self._archive.namelist()
+
+    def read(self, name: str) -> bytes:
+        with self._turn:
+            return self._archive.read(name)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -25,7 +24,8 @@ def load_keras_mobilenet_v1(model: MobileNetV1, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a safetensors file, or its names or shapes are not the model's.
+        ValueError: it is not a safetensors file, or its names, shapes or dtypes are not exactly
+            those of the model.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
@@ -34,7 +34,10 @@ def load_keras_mobilenet_v1(model: MobileNetV1, path: str | Path) -> None:
     try:
         arrays = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}): "
+            "convert the weights with safetensors first"
+        ) from error
     variables = {
         _keras_name(node_path): node
         for node_path, node in nnx.iter_graph(model)
@@ -43,17 +46,21 @@ def load_keras_mobilenet_v1(model: MobileNetV1, path: str | Path) -> None:
     if differing := sorted(arrays.keys() ^ variables.keys()):
         raise ValueError(
             f"{path} is not of a MobileNet v1 in Keras's names: {len(differing)} names differ, "
-            f"such as {differing[0]!r}"
+            f"such as {differing[0]!r}: rename its arrays"
         )
-    values = {name: _model_layout(name, array) for name, array in arrays.items()}
-    for name, variable in variables.items():
-        if values[name].shape != variable.get_value().shape:
+    olds = {name: variable.get_value() for name, variable in variables.items()}
+    for name, old in olds.items():
+        array, shape = arrays[name], _keras_shape(name, old.shape)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} in {path} is {array.dtype}: convert it to floating point")
+        if array.shape != shape:
             raise ValueError(
-                f"{name} in {path} has shape {values[name].shape} in the model's layout, the model "
-                f"needs {variable.get_value().shape}: build it with the file's width and classes"
+                f"{name} in {path} has shape {array.shape}, the model needs {shape}: "
+                "build it with the file's width and classes"
             )
     for name, variable in variables.items():
-        variable.set_value(jnp.asarray(values[name], dtype=variable.get_value().dtype))
+        old = olds[name]
+        variable.set_value(jnp.asarray(arrays[name].reshape(old.shape), dtype=old.dtype))
 
 
 def _keras_name(path: tuple) -> str:
@@ -73,8 +80,9 @@ def _keras_name(path: tuple) -> str:
     return f"{layer}/{'depthwise_kernel' if 'conv_dw' in layer else 'kernel'}"
 
 
-def _model_layout(name: str, array: np.ndarray) -> np.ndarray:
-    """HWC1 to HW1C for depthwise kernels, 11IO to IO for the classifier's."""
+def _keras_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """HW1C is HWC1 for depthwise kernels, IO is 11IO for the classifier's: only 1s move."""
     if name.endswith("depthwise_kernel"):
-        return array.transpose(0, 1, 3, 2)
-    return array.reshape(array.shape[-2:]) if name == "conv_preds/kernel" else array
+        height, width, one, channels = shape
+        return height, width, channels, one
+    return (1, 1, *shape) if name == "conv_preds/kernel" else shape

@@ -83,9 +83,10 @@ class MobileNetV1(nnx.Module):
         ValueError: a size is not positive.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> model = MobileNetV1(width=0.25, num_classes=10, rngs=nnx.Rngs(0))
-        >>> model(jnp.zeros((1, 64, 64, 3))).shape
+        >>> nnx.eval_shape(lambda: model(jnp.zeros((1, 64, 64, 3)))).shape
         (1, 10)
     """
 
