@@ -85,8 +85,10 @@ class MobileNetV1(nnx.Module):
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> model = MobileNetV1(width=0.25, num_classes=10, rngs=nnx.Rngs(0))
-        >>> nnx.eval_shape(lambda: model(jnp.zeros((1, 64, 64, 3)))).shape
+        >>> def classify(images):
+        ...     model = MobileNetV1(width=0.25, num_classes=10, rngs=nnx.Rngs(0))
+        ...     return model(images)
+        >>> nnx.eval_shape(classify, jnp.zeros((1, 64, 64, 3))).shape
         (1, 10)
     """
 
