@@ -39,7 +39,6 @@ def ptq_config(notation: str) -> dict[str, Any]:
             "batch_norm_batches": 0,  # that batch norms are re-estimated on, quantised
         },
         "fold_batch_norm": False,
-        # Of `experiments.ptq_tables`: which, and the batches behind static thresholds.
+        # Those that `experiments.ptq_tables` measures.
         "tables": ("calibrators", "vectors", "sizes", "scales", "clipping", "order"),
-        "static_batches": 5,
     }

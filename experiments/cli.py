@@ -4,6 +4,7 @@ A main is `python -m experiments.NAME --config=configs/FILE.py[:ARG] --workdir=D
 [--config.a.b=value …]` and ends with status 0 only if the work was done.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -23,7 +24,9 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from qat_jax.data import DataError
 from qat_jax.training.checkpoint import CheckpointError
 from qat_jax.training.loop import Interrupted, NonFiniteLossError
-from qat_jax.training.workdir import WorkdirError
+from qat_jax.training.workdir import Status, Workdir, WorkdirError
+
+logger = logging.getLogger(__name__)
 
 FAILED = 1
 WRONG_USAGE = 2
@@ -84,6 +87,30 @@ def main(
     return 0
 
 
+def gathering_main(usage: str, work: Callable[[Path, Path], str]) -> int:
+    """A main that makes files of what finished runs left, by the flags --runs and --out.
+
+    Args:
+        usage: what `--help` prints.
+        work: given the folder above the run folders and the path to write to without a suffix;
+            returns what to print.
+
+    Returns:
+        The exit status: 0 done, 1 failed.
+    """
+    parser = argparse.ArgumentParser(
+        description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, required=True, help="the folder above the run folders")
+    parser.add_argument("--out", type=Path, required=True, help="where to write, without a suffix")
+    arguments = parser.parse_args()
+    try:
+        print(work(arguments.runs, arguments.out))
+    except FileNotFoundError as error:
+        return _fail(error, FAILED)
+    return 0
+
+
 def parse(argv: Sequence[str], *, default_config: str | None = None) -> Arguments:
     """Reads `--config`, its overrides and `--workdir`.
 
@@ -125,6 +152,18 @@ def require(config: ConfigDict, *keys: str) -> None:
         raise UsageError(
             f"this config is not for this main: it has no {', '.join(missing)}; see --help"
         )
+
+
+def finished(folder: Workdir, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a run that is finished already, said so; None where there is work to do.
+
+    Raises:
+        WorkdirError: the folder holds something else.
+    """
+    if folder.status(settings) is not Status.FINISHED:
+        return None
+    logger.info("%s is finished, nothing to do: see %s", folder.path, folder.result_path)
+    return folder.result()
 
 
 @contextlib.contextmanager

@@ -8,12 +8,13 @@ versions, device, seed and metrics, and results/NAME.md, a table of them. Folder
 are left out of the commands: what stands before a file's own name becomes PATH.
 """
 
-import argparse
 import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from experiments import cli
 
 COLUMNS = ("notation", "weight_bits", "activation_bits", "clipping", "gradient", "narrow")
 
@@ -83,24 +84,18 @@ def table(results: list[dict[str, Any]]) -> str:
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def main() -> int:
-    """Reads the flags and writes the two files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--runs", type=Path, required=True, help="the folder above the run folders")
-    parser.add_argument("--out", type=Path, required=True, help="where to write, without a suffix")
-    arguments = parser.parse_args()
-    try:
-        results = gather(arguments.runs)
-    except FileNotFoundError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    arguments.out.with_suffix(".md").write_text(table(results))
-    print(table(results), end="")
-    return 0
+def write(runs: Path, out: Path) -> str:
+    """Writes the two files; the table.
+
+    Raises:
+        FileNotFoundError: there is no finished run.
+    """
+    results = gather(runs)
+    lines = table(results)
+    out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    out.with_suffix(".md").write_text(lines)
+    return lines.rstrip()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.gathering_main(__doc__, write))

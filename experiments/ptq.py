@@ -54,7 +54,7 @@ from qat_jax.training.loop import evaluate
 from qat_jax.training.sharding import DataParallel
 from qat_jax.training.state import create_state
 from qat_jax.training.step import Normalisation, make_eval_step
-from qat_jax.training.workdir import MetricWriter, Status, Workdir
+from qat_jax.training.workdir import MetricWriter, Workdir
 
 logger = logging.getLogger("experiments.ptq")  # __name__ is "__main__" on the command line
 
@@ -93,14 +93,12 @@ class Bench:
                 "there is no model to quantise: pass --config.model.pretrained=FILE.safetensors"
             )
         test = build.source(config, config.dataset.test_split)
-        calibration = config.calibration
-        needs_train = calibration.batches or calibration.batch_norm_batches
-        train = build.source(config, config.dataset.train_split) if needs_train else None
+        needed = needs_training_images(config)
+        train = build.source(config, config.dataset.train_split) if needed else None
         normalise = Normalisation(mean=config.dataset.mean, std=config.dataset.std)
         model = build.float_model(config)
         if config.fold_batch_norm:
-            model.eval()
-            model = fold_batch_norm(model, normalise(test[0]["image"][None]))
+            model = fold_batch_norm(model, cls.example_of(test, normalise))
         return cls(model, test, train, normalise, config.batch_size)
 
     def quantised(self, config: ConfigDict) -> nnx.Module:
@@ -132,6 +130,15 @@ class Bench:
         batches = data.eval_batches(self.test, batch_size=self.batch_size)
         return evaluate(eval_step, devices.replicate(state), batches, devices)
 
+    def example(self) -> jax.Array:
+        """One test image, normalised."""
+        return self.example_of(self.test, self.normalise)
+
+    @staticmethod
+    def example_of(test: Any, normalise: Normalisation) -> jax.Array:
+        """The first image of a source, normalised, shape (1, height, width, channels)."""
+        return normalise(jnp.asarray(test[0]["image"][None]))
+
     def first_images(self) -> jax.Array:
         """The first batch of test images, normalised."""
         batch = next(iter(data.eval_batches(self.test, batch_size=self.batch_size)))
@@ -141,6 +148,11 @@ class Bench:
         batches = data.train_batches(self.train, batch_size=self.batch_size, seed=seed)
         for batch in itertools.islice(batches, count):
             yield self.normalise(jnp.asarray(batch["image"]))
+
+
+def needs_training_images(config: ConfigDict) -> bool:
+    """Whether the config calibrates on anything."""
+    return bool(config.calibration.batches or config.calibration.batch_norm_batches)
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -161,9 +173,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     cli.require(config, "dataset", "model", "quant", "clipping", "scale", "calibration")
     settings = config.to_dict()
     folder = Workdir(workdir)
-    if folder.status(settings) is Status.FINISHED:
-        logger.info("%s is finished, nothing to do: see %s", workdir, folder.result_path)
-        return folder.result()
+    if (result := cli.finished(folder, settings)) is not None:
+        return result
 
     with cli.setup_errors():
         DataParallel.over_all_devices().check_batch_size(config.batch_size)

@@ -8,7 +8,6 @@ results/NAME.json, which has each run's command, commit, versions, device and se
 (arXiv:2102.04503) published for ResNet-50 on ImageNet stands beside, labelled as published.
 """
 
-import argparse
 import csv
 import json
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from experiments import cli
 from experiments.collect import without_folders
 
 # ImageNet top-1 of ResNet-50 (76.16 in float), per cent: VS-Quant's tables 2 to 5, as published.
@@ -190,20 +190,8 @@ def _lines(
 
 
 def main() -> int:
-    """Reads the flags and writes the files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--runs", type=Path, required=True, help="the folder above the run folders")
-    parser.add_argument("--out", type=Path, required=True, help="where to write, without a suffix")
-    arguments = parser.parse_args()
-    try:
-        written = write(arguments.runs, arguments.out)
-    except FileNotFoundError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(*written, sep="\n")
-    return 0
+    """Reads the flags, writes the files and names them."""
+    return cli.gathering_main(__doc__, lambda runs, out: "\n".join(map(str, write(runs, out))))
 
 
 if __name__ == "__main__":

@@ -33,15 +33,16 @@ from ml_collections import ConfigDict
 
 import qat_jax as qj
 from experiments import build, cli
-from experiments.ptq import Bench
+from experiments.ptq import Bench, needs_training_images
 from qat_jax.training.sharding import DataParallel
-from qat_jax.training.workdir import Status, Workdir
+from qat_jax.training.workdir import Workdir
 
 logger = logging.getLogger("experiments.ptq_tables")
 
 CALIBRATORS = ("max", "entropy", "p99.9", "p99.99", "p99.999", "p99.9999", "mse", "octav", "exact")
 BITS = ("3/3U", "4/4U", "6/6U", "8/8U")
 DEPTHWISE = r".*/depthwise"
+STATIC_BATCHES = 5  # behind static thresholds
 
 
 class Cell(NamedTuple):
@@ -60,7 +61,7 @@ class Cell(NamedTuple):
     changes: dict[str, Any]
 
 
-def cells(tables: tuple[str, ...], static_batches: int) -> Iterator[Cell]:
+def cells(tables: tuple[str, ...]) -> Iterator[Cell]:
     """The measurements of some tables, in order.
 
     Raises:
@@ -69,7 +70,7 @@ def cells(tables: tuple[str, ...], static_batches: int) -> Iterator[Cell]:
     for name in tables:
         if name not in TABLES:
             raise ValueError(f"no table {name!r}: give some of {', '.join(TABLES)}")
-        for row, column, changes in TABLES[name](static_batches):
+        for row, column, changes in TABLES[name]():
             yield Cell(name, row, column, changes)
 
 
@@ -77,32 +78,32 @@ def _clipping(weights: str, activations: str) -> dict[str, Any]:
     return {"clipping.weights": weights, "clipping.activations": activations}
 
 
-def _calibrators(static_batches: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _calibrators() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for bits in BITS:
         for name in CALIBRATORS:
-            changes = {"quant.notation": bits, "calibration.batches": static_batches}
+            changes = {"quant.notation": bits, "calibration.batches": STATIC_BATCHES}
             yield bits, name, changes | _clipping(name, name)
 
 
-def _vectors(static_batches: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _vectors() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for bits in ("2/2U", *BITS):
         yield bits, "V16 max", {"quant.notation": f"{bits}/fp32/fp32"}
 
 
-def _sizes(static_batches: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _sizes() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for bits in ("4/4U", "6/6U"):
         for size in (1, 2, 4, 8, 16, 32, 64):
             changes = {"quant.notation": f"{bits}/fp32/fp32", "quant.vector_size": size}
             yield bits, str(size), changes
 
 
-def _scales(static_batches: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _scales() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for bits in ("3/3U", "4/3U", "4/4U", "4/8U", "6/6U"):
         for scales in ("3/4", "3/6", "4/4", "4/6", "6/4", "6/6", "fp32/fp32"):
             yield bits, scales, {"quant.notation": f"{bits}/{scales}"}
 
 
-def _vector_clipping(static_batches: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _vector_clipping() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for bits in ("2/4U", "3/4U", "4/4U"):
         for size in (16, 64):
             for weights in ("max", "octav", "exact"):
@@ -110,7 +111,7 @@ def _vector_clipping(static_batches: int) -> Iterator[tuple[str, str, dict[str, 
                 yield f"{bits} V{size}", weights, changes | _clipping(weights, "max")
 
 
-def _order(static_batches: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _order() -> Iterator[tuple[str, str, dict[str, Any]]]:
     variants = {
         "paper": {},
         "one for zero": {"scale.zero": "one"},
@@ -125,7 +126,7 @@ def _order(static_batches: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
                 yield f"{notation}, weights {clipping}", name, both
 
 
-def _depthwise(static_batches: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _depthwise() -> Iterator[tuple[str, str, dict[str, Any]]]:
     eight = {"quant.overrides": (f"{DEPTHWISE}=8/8U",)}
     refit = {"calibration.batch_norm_batches": 10}
     yield "8/8U", "max", {"quant.notation": "8/8U"}
@@ -170,17 +171,18 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     cli.require(config, "dataset", "model", "quant", "clipping", "scale", "calibration", "tables")
     settings = config.to_dict()
     folder = Workdir(workdir)
-    if folder.status(settings) is Status.FINISHED:
-        logger.info("%s is finished, nothing to do: see %s", workdir, folder.result_path)
-        return folder.result()
+    if (result := cli.finished(folder, settings)) is not None:
+        return result
     with cli.setup_errors():
         DataParallel.over_all_devices().check_batch_size(config.batch_size)
-        todo = list(cells(tuple(config.tables), config.static_batches))
-        for cell in todo:
-            build.ptq_policy(_changed(config, cell))
-        with_train = _changed(config, todo[0])
-        with_train.calibration.batches = config.static_batches  # some cell will need the images
-        bench = Bench.from_config(with_train)
+        todo = list(cells(tuple(config.tables)))
+        if not todo:
+            raise cli.UsageError(f"no table to measure: give some of {', '.join(TABLES)}")
+        settled = [_changed(config, cell) for cell in todo]
+        for changed in settled:
+            build.ptq_policy(changed)
+        # One that needs training images, if any does, so that they are opened.
+        bench = Bench.from_config(max(settled, key=needs_training_images))
         # They are measured dozens of times: decode them once.
         bench = dataclasses.replace(bench, test=[bench.test[i] for i in range(len(bench.test))])
 
@@ -190,10 +192,10 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     done = {(c["table"], c["row"], c["column"]): c for c in map(json.loads, lines)}
     float_accuracy = bench.accuracy(bench.model)
     logger.info("float: %.1f %%", 100 * float_accuracy["accuracy"])
-    for number, cell in enumerate(todo, start=1):
+    for number, (cell, changed) in enumerate(zip(todo, settled, strict=True), start=1):
         if cell[:3] in done:
             continue
-        measured = measure(bench, _changed(config, cell))
+        measured = measure(bench, changed)
         done[cell[:3]] = {**cell._asdict(), **measured}
         with log.open("a") as file:
             file.write(json.dumps(done[cell[:3]]) + "\n")
@@ -213,7 +215,7 @@ def measure(bench: Bench, config: ConfigDict) -> dict[str, Any]:
     started = time.monotonic()
     model = bench.quantised(config)
     accuracy = bench.accuracy(model)["accuracy"]
-    bits = qj.model_storage(model, bench.first_images()[:1]).bits_per_element
+    bits = qj.model_storage(model, bench.example()).bits_per_element
     seconds = time.monotonic() - started
     return {"accuracy": accuracy, "bits_per_parameter": bits, "seconds": round(seconds, 1)}
 

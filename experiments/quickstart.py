@@ -46,7 +46,7 @@ from qat_jax.training.checkpoint import Checkpoints
 from qat_jax.training.optimizer import make_optimizer
 from qat_jax.training.state import create_state, restore_model
 from qat_jax.training.step import Normalisation
-from qat_jax.training.workdir import Status, Workdir
+from qat_jax.training.workdir import Workdir
 
 logger = logging.getLogger("experiments.quickstart")  # __name__ is "__main__" on the command line
 
@@ -75,10 +75,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     cli.require(config, "recipe", "cells", "num_seeds", "figure_layer")
     settings = config.to_dict()
     folder = Workdir(workdir)
-    if folder.status(settings) is Status.FINISHED:
-        result = folder.result()
+    if (result := cli.finished(folder, settings)) is not None:
         show(result["metrics"], workdir)
-        logger.info("%s is finished, nothing to do: see %s", workdir, folder.result_path)
         return result
     float_cell = _float_cell(config)
 

@@ -36,7 +36,7 @@ from qat_jax.training.optimizer import duration_in_steps, make_optimizer, make_s
 from qat_jax.training.sharding import DataParallel
 from qat_jax.training.state import count_parameters, create_state
 from qat_jax.training.step import Normalisation, make_eval_step, make_train_step
-from qat_jax.training.workdir import MetricWriter, Status, Workdir
+from qat_jax.training.workdir import MetricWriter, Workdir
 
 logger = logging.getLogger("experiments.train")  # __name__ is "__main__" on the command line
 
@@ -64,9 +64,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     cli.require(config, "dataset", "model", "quant", "optimizer", "schedule")
     settings = config.to_dict()
     folder = Workdir(workdir)
-    if folder.status(settings) is Status.FINISHED:
-        logger.info("%s is finished, nothing to do: see %s", workdir, folder.result_path)
-        return folder.result()
+    if (result := cli.finished(folder, settings)) is not None:
+        return result
 
     with cli.setup_errors():
         # Devices

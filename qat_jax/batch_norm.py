@@ -18,7 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
-from qat_jax.nnx import _copy, report
+from qat_jax.nnx import copy_model, report
 
 
 class FoldedBatchNorm(nnx.Module):
@@ -64,7 +64,7 @@ def fold_batch_norm(model: nnx.Module, *args: Any, **kwargs: Any) -> nnx.Module:
                 f"{layer.path} is already quantised: fold the batch norms of the model first, "
                 "then quantise the result"
             )
-    folded = _copy(model)
+    folded = copy_model(model)
     modules = {_name(path): node for path, node in nnx.iter_graph(folded)}
     for source, batch_norm in _pairs(model, args, kwargs):
         _fold(modules[source], modules[batch_norm])
@@ -94,7 +94,7 @@ def reestimate_batch_norm(model: nnx.Module, batches: Iterable[jax.Array]) -> No
       >>> model.layers[0].mean[...], model.layers[0].var[...]
       (Array([4.], dtype=float32), Array([5.], dtype=float32))
     """
-    pooling = _copy(model)
+    pooling = copy_model(model)
     pooling.eval()
     pools = dict(_batch_norms(pooling))
     if not pools:
@@ -176,7 +176,7 @@ class _TaggedBatchNorm(nnx.Module):
 
 def _pairs(model: nnx.Module, args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, str]]:
     """Names of the layers and batch norms to fold, found in the jaxpr of the model."""
-    tagged = _copy(model)
+    tagged = copy_model(model)
     tagged.eval()
     for path, node in nnx.iter_graph(tagged):
         if _is_linear_layer(node):

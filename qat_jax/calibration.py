@@ -9,11 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from qat_jax.granularity import PerTensor
-from qat_jax.nnx import Candidate, Threshold, captured_by_operand, operand_quantizers
+from qat_jax.nnx import (
+    Candidate,
+    Threshold,
+    captured_by_operand,
+    is_weight,
+    operand_quantizers,
+)
+from qat_jax.safetensors_file import read_arrays
 
 
 def calibrate(
@@ -61,7 +67,7 @@ def calibrate(
         path: quantizer
         for path, quantizer in operand_quantizers(model).items()
         if re.fullmatch(operands, path)
-        and (path.endswith("/weights") or isinstance(quantizer.quantizer.granularity, PerTensor))
+        and (is_weight(path) or isinstance(quantizer.quantizer.granularity, PerTensor))
     }
     if not quantizers:
         raise ValueError(
@@ -123,12 +129,7 @@ def load_thresholds(model: nnx.Module, path: str | Path) -> None:
       FileNotFoundError: there is no such file.
       ValueError: it is damaged, or of another model; the model is then unchanged.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"thresholds file {path} does not exist")
-    try:
-        arrays = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+    arrays = read_arrays(path, "thresholds")
     quantizers = operand_quantizers(model)
     unknown = sorted(arrays.keys() - quantizers.keys())
     if unknown:

@@ -196,7 +196,7 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
     replacements = {
         site.path: _replacement(site, placed[site.path]) for site in sites if site.path in placed
     }
-    model = _copy(model)
+    model = copy_model(model)
     for site in _sites(model):
         if replacements.get(site.path) is not None:
             setattr(site.layer, site.hook.attribute, nnx.data(replacements[site.path]))
@@ -283,6 +283,11 @@ def operand_quantizers(model: nnx.Module) -> dict[str, OperandQuantizer]:
         if isinstance(node, OperandQuantizer)
     ]
     return dict(sorted(found, key=lambda item: sites.index(item[0].rpartition("/")[0])))
+
+
+def is_weight(operand: str) -> bool:
+    """Whether an operand's path is that of a kernel; of a bare layer it is just "weights"."""
+    return operand.rpartition("/")[2] == "weights"
 
 
 def _operand_path(path: Iterable[str]) -> str:
@@ -380,7 +385,7 @@ def _sites(model: nnx.Module) -> list[_Site]:
     return [site for _, site in sorted(found, key=lambda item: item[0])]
 
 
-def _copy(model: nnx.Module) -> nnx.Module:
+def copy_model(model: nnx.Module) -> nnx.Module:
     """New modules and variables, the same arrays, attributes in their order of definition."""
     copy = nnx.merge(*nnx.split(model), copy=True)
     copies = dict(nnx.iter_graph(copy))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from qat_jax.clipping import AbsMax, Clipping
+from qat_jax.clipping.groups import largest_of
 from qat_jax.formats import Float, Int
 from qat_jax.granularity import ChannelAxis, Granularity, PerTensor
 
@@ -116,9 +117,9 @@ class IntScale:
     Example:
       >>> from qat_jax import Int, PerVector, Quantizer, quantize
       >>> vs = Quantizer(Int(4, narrow=True), PerVector(2), AbsMax(), scale=IntScale(4))
-      >>> q = quantize(jnp.array([0.7, 0.1, 10.5, 0.0]), vs, vector_axis=0)
-      >>> q.codes, q.scale, q.coarse
-      (Array([7, 1, 7, 0], dtype=int8), Array([1, 15], dtype=uint8), Array([0.1], dtype=float32))
+      >>> q = quantize(jnp.array([0.875, 0.125, 13.125, 0.0]), vs, vector_axis=0)
+      >>> q.codes, q.scale, q.coarse.round(4)
+      (Array([7, 1, 7, 0], dtype=int8), Array([ 1, 15], dtype=uint8), Array([0.125], dtype=float32))
     """
 
     bits: int
@@ -182,7 +183,7 @@ class E4M3:
         del channel_axis
         step = exact_step(threshold, steps)
         grid = Float(4, 3).grid(step)
-        coarse = exact_step(jnp.max(step, keepdims=True, initial=0), grid.high)
+        coarse = exact_step(largest_of(step, range(step.ndim), keepdims=True), grid.high)
         values = grid.round(step * reciprocal(coarse))
         stored = StoredScale(values.astype(jnp.float8_e4m3fn), coarse)
         return stored, stored.step(step.dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from qat_jax.nnx import Codes, captured_by_operand, operand_quantizers
+from qat_jax.nnx import Codes, captured_by_operand, is_weight, operand_quantizers
 from qat_jax.quantizer import QTensor, Quantizer
 
 _COARSE_BITS = 32
@@ -109,7 +109,7 @@ def model_storage(model: nnx.Module, *inputs: Any) -> Storage:
       The sum over kernels, biases, normalisations and the like.
     """
     operands = operand_storage(model, *inputs).items()
-    weights = sum((s for path, s in operands if path.endswith("/weights")), Storage(0, 0))
+    weights = sum((s for path, s in operands if is_weight(path)), Storage(0, 0))
     parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
     elements = sum(p.size for p in parameters)
     bits = sum(8 * p.size * p.dtype.itemsize for p in parameters)

@@ -105,6 +105,14 @@ def test_frozen_thresholds_are_state_and_survive_jit_and_training():
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
+def test_a_bare_layer_has_weights_too():
+    layer = nnx.Linear(6, 8, use_bias=False, rngs=nnx.Rngs(0))
+    model = qj.quantize_model(layer, qj.Policy.from_notation("4/4/4/6"))
+    assert qj.calibrate(model, batches()) == ("weights",)
+    storage = qj.model_storage(model, batches()[0])
+    assert (storage.elements, storage.code_bits, storage.scale_bits) == (48, 48 * 4, 8 * 4)
+
+
 def test_nothing_to_calibrate_with_is_an_error():
     with pytest.raises(ValueError, match="at least one"):
         qj.calibrate(network(), [])

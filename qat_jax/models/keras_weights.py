@@ -4,10 +4,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from qat_jax.models.mobilenet_v1 import MobileNetV1
+from qat_jax.safetensors_file import read_arrays
 
 _BATCH_NORM = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"}
 
@@ -27,17 +26,7 @@ def load_keras_mobilenet_v1(model: MobileNetV1, path: str | Path) -> None:
         ValueError: it is not a safetensors file, or its names, shapes or dtypes are not exactly
             those of the model.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"weights file {path} does not exist: give the path of a .safetensors file"
-        )
-    try:
-        arrays = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({error}): "
-            "convert the weights with safetensors first"
-        ) from error
+    arrays = read_arrays(path, "weights")
     variables = {
         _keras_name(node_path): node
         for node_path, node in nnx.iter_graph(model)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
+
+from qat_jax.safetensors_file import read_arrays
 
 _PREFIX = "module"
 _TORCH_NAMES = {
@@ -105,17 +106,7 @@ def _to_torch_layout(array: np.ndarray) -> np.ndarray:
 
 
 def _read(path: str | Path) -> dict[str, np.ndarray]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"weights file {path} does not exist: give the path of a .safetensors file"
-        )
-    try:
-        arrays = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({error}): "
-            "convert the weights with safetensors first"
-        ) from error
+    arrays = read_arrays(path, "weights")
     return {name: a for name, a in arrays.items() if not name.endswith(_IGNORED_SUFFIX)}
 
 

@@ -143,7 +143,7 @@ def test_wrong_settings_end_before_anything_is_written(tmp_path, weights, capsys
 
 def test_tables_go_on_where_they_were_stopped(tmp_path, weights, monkeypatch):
     sizes = ptq_tables.TABLES["sizes"]
-    monkeypatch.setitem(ptq_tables.TABLES, "short", lambda n: itertools.islice(sizes(n), 3))
+    monkeypatch.setitem(ptq_tables.TABLES, "short", lambda: itertools.islice(sizes(), 3))
     arguments = command(tmp_path / "x", weights, "--config.tables=('short',)")
     measure, measured = ptq_tables.measure, []
 

@@ -166,6 +166,7 @@ def test_configs_are_complete(name):
     module = importlib.import_module(f"configs.{name}")
     config = module.get_config("bits=3,gradient=mad")
     assert config.quant.to_dict() == {
+        "notation": "",
         "weight_bits": 3,
         "activation_bits": 3,
         "clipping": "octav",
