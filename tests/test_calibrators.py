@@ -143,6 +143,15 @@ def test_percentile_is_that_of_numpy(percent, axes):
     np.testing.assert_allclose(found, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("percent", [0.1, 50, 66.7, 99.9, 100])
+@pytest.mark.parametrize("size", [1, 2, 7, 20_001])
+def test_percentile_of_many_equal_numbers(percent, size):
+    x = np.random.default_rng(1).integers(-3, 3, size).astype(np.float32) / 3
+    for format, magnitude in ((Int(4), np.abs(x)), (Int(4, signed=False), np.maximum(x, 0))):
+        want = np.percentile(magnitude, percent)
+        np.testing.assert_allclose(threshold(Percentile(percent), format, x, (0,)), want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("format", [Int(4), Int(4, signed=False, narrow=True), Float(2, 1)])
 def test_sweep_takes_the_best_of_its_points(format):
     x = np.random.default_rng(1).standard_t(3, 5000).astype(np.float32)
