@@ -34,7 +34,8 @@ def get_config(arg: str = "8/8U") -> ConfigDict:
                 "data_dir": placeholder(str),
                 "train_split": placeholder(str),  # for calibration
                 "test_split": placeholder(str),
-                "size": 224,
+                "resize": placeholder(int),  # the shorter side first, in pixels; as it is if None
+                "size": 224,  # of the centre crop
                 "mean": (0.5, 0.5, 0.5),
                 "std": (0.5, 0.5, 0.5),
             },

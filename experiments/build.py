@@ -36,7 +36,9 @@ def source(config: ConfigDict, split: str) -> Any:
                 "and --config.dataset.train_split=NAME to calibrate; a folder or zip file each"
             )
         path = Path(config.dataset.data_dir) / split
-        examples: Any = data.ImageFolder(path, size=config.dataset.size)
+        examples: Any = data.ImageFolder(
+            path, size=config.dataset.size, resize=config.dataset.resize
+        )
     else:
         examples = data.load_source(config.dataset.name, split, config.dataset.data_dir)
     channels = examples[0]["image"].shape[-1]

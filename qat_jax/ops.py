@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from qat_jax import depthwise
+
 QuantizeFn = Callable[..., jax.Array]
 
 
@@ -105,18 +107,18 @@ def conv_general_dilated(
     """
     spec = lax.conv_dimension_numbers(jnp.shape(x), jnp.shape(w), dimension_numbers)
     x = _in_feature_groups(x, lhs, spec.lhs_spec, jnp.shape(w)[spec.rhs_spec[1]])
-    depthwise = feature_group_count > 1 and jnp.shape(w)[spec.rhs_spec[1]] == 1
+    has_one_input = feature_group_count > 1 and jnp.shape(w)[spec.rhs_spec[1]] == 1
     w = _quantized(
-        w, rhs, spec.rhs_spec[:1], spec.rhs_spec[2:] if depthwise else spec.rhs_spec[1:2]
+        w, rhs, spec.rhs_spec[:1], spec.rhs_spec[2:] if has_one_input else spec.rhs_spec[1:2]
     )
-    return lax.conv_general_dilated(
+    return depthwise.conv_general_dilated(
         x,
         w,
         window_strides,
         padding,
         lhs_dilation=lhs_dilation,
         rhs_dilation=rhs_dilation,
-        dimension_numbers=dimension_numbers,
+        dimension_numbers=spec,
         feature_group_count=feature_group_count,
         batch_group_count=batch_group_count,
         precision=precision,

@@ -52,17 +52,55 @@ def test_convolution_knows_the_output_channels(layout, x_shape, w_shape, w_axis)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_depthwise_convolution():
+DEPTHWISE = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=6)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((0, 2), (1, 0))])
+@pytest.mark.parametrize(
+    ("x_shape", "window", "strides"),
+    [((2, 8, 8), (3, 3), (1, 1)), ((2, 9, 7), (3, 2), (2, 3)), ((1, 5, 5), (5, 1), (4, 1))],
+)
+def test_depthwise_convolution(x_shape, window, strides, padding):
+    x = jax.random.normal(KEYS[0], (*x_shape, 6))
+    w = jax.random.normal(KEYS[1], (*window, 1, 6))
+    given = jax.random.normal(KEYS[2], (6,))
+    arguments = dict(window_strides=strides, padding=padding, **DEPTHWISE)
+
+    def outcome(convolution, x, w):
+        y, transpose = jax.vjp(lambda x, w: convolution(x, w, **arguments), x, w)
+        return y, *transpose(given * jnp.sin(y))
+
+    found = jax.jit(lambda x, w: outcome(qj.conv_general_dilated, x, w))(x, w)
+    expected = jax.jit(lambda x, w: outcome(lax.conv_general_dilated, x, w))(x, w)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_depthwise_kernels_have_a_scale_for_each_channel():
     x, w = jax.random.normal(KEYS[0], (2, 8, 8, 6)), jax.random.normal(KEYS[1], (3, 3, 1, 6))
-    arguments = dict(
-        window_strides=(1, 1),
-        padding="SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=6,
-    )
+    arguments = dict(window_strides=(1, 1), padding="SAME", **DEPTHWISE)
     y = qj.conv_general_dilated(x, w, rhs=W4, **arguments)
     expected = lax.conv_general_dilated(x, quantized_by_hand(w, 3), **arguments)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(rhs_dilation=(2, 1)),
+        dict(lhs_dilation=(2, 2), padding=((0, 1), (1, 0))),
+        dict(dimension_numbers=("NCHW", "HWIO", "NCHW")),
+        dict(feature_group_count=3),
+    ],
+)
+def test_what_is_not_plainly_depthwise_is_left_to_jax(changes):
+    arguments = dict(window_strides=(1, 1), padding="SAME") | DEPTHWISE | changes
+    x = jax.random.normal(KEYS[0], (2, 6, 6, 6))
+    w = jax.random.normal(KEYS[1], (3, 3, 6 // arguments["feature_group_count"], 6))
+    y = qj.conv_general_dilated(x, w, **arguments)
+    expected = lax.conv_general_dilated(x, w, **arguments)
+    assert y.dtype == expected.dtype
+    np.testing.assert_array_equal(y, expected)
 
 
 @pytest.mark.parametrize(
