@@ -115,6 +115,8 @@ class Bench:
         if calibration.batches:
             batches = self._train_images(calibration.batches, config.seed)
             qj.calibrate(model, batches, pool=calibration.pool)
+        else:  # weights stay as they are: one search does for all batches
+            qj.calibrate(model, [self.example()], operands=".*weights")
         if calibration.batch_norm_batches:
             batches = self._train_images(calibration.batch_norm_batches, config.seed)
             reestimate_batch_norm(model, batches)
@@ -186,8 +188,10 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     with MetricWriter(folder, None) as writer:
         logger.info("%s", qj.report(quantised_model))
         metrics: dict[str, Any] = {}
-        for name, model in [("float", bench.model), ("test", quantised_model)]:
-            measured = bench.accuracy(model)
+        in_float = quantised = bench.accuracy(bench.model)
+        if quantised_model is not bench.model:
+            quantised = bench.accuracy(quantised_model)
+        for name, measured in [("float", in_float), ("test", quantised)]:
             writer.write(0, name, measured)
             metrics |= {f"{name}_{key}": value for key, value in measured.items()}
 

@@ -14,7 +14,8 @@ the end DIR gets result.json.
     scales       the bits of the vectors' scales                                     (table 5)
     clipping     maximum, OCTAV or the exact optimum for each vector of the weights
     order        which scale is found first, and what the codes come from
-    depthwise    what the layers of one input feature need (MobileNet, batch norms not folded)
+    depthwise    what the layers of one input feature need: MobileNet with
+                 --config.fold_batch_norm=False, since batch norms are re-estimated
 
 --config.tables=calibrators,vectors picks some. Figures and CSVs are made by
 `python -m experiments.ptq_figures`.
@@ -127,19 +128,20 @@ def _order() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def _depthwise() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    eight = {"quant.overrides": (f"{DEPTHWISE}=8/8U",)}
-    refit = {"calibration.batch_norm_batches": 10}
-    yield "8/8U", "max", {"quant.notation": "8/8U"}
-    yield (
-        "8/8U",
-        "exact, batch norm",
-        {"quant.notation": "8/8U", **_clipping("exact", "max"), **refit},
-    )
-    for bits in ("4/8U/fp32/fp32", "4/8U/4/6"):
-        exact = {"quant.notation": bits, **_clipping("exact", "max")}
-        yield bits, "exact, depthwise 8/8U, batch norm", {**exact, **eight, **refit}
-        yield bits, "exact, depthwise 8/8U", {**exact, **eight}
-        yield bits, "exact, batch norm", {**exact, **refit}
+    overrides = {"": (), ", depthwise 8/8U": (f"{DEPTHWISE}=8/8U",)}
+    for notation in ("8/8U", "4/8U", "4/8U/fp32/fp32", "4/8U/4/6"):
+        for name, override in overrides.items():
+            if notation + name == "8/8U, depthwise 8/8U":
+                continue
+            for clipping in ("max", "exact"):
+                for refit, batches in (("", 0), (", batch norms re-estimated", 10)):
+                    changes = {
+                        "quant.notation": notation,
+                        "quant.overrides": override,
+                        "calibration.batch_norm_batches": batches,
+                    }
+                    changes |= _clipping(clipping, "max")
+                    yield notation + name, f"weights {clipping}{refit}", changes
 
 
 TABLES = {
