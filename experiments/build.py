@@ -10,9 +10,31 @@ from ml_collections import ConfigDict
 import qat_jax as qj
 from qat_jax import data
 from qat_jax.clipping import Clipping
-from qat_jax.models import CifarResNet, MobileNetV1, load_keras_mobilenet_v1, load_weights
+from qat_jax.models import (
+    CifarResNet,
+    MobileNetV1,
+    MobileNetV2,
+    MobileNetV3,
+    ResNet,
+    load_weights,
+)
 
 FLOAT_BITS = 32
+_MODELS: dict[str, Callable[..., nnx.Module]] = {
+    "cifar_resnet": CifarResNet,
+    "resnet": ResNet,
+    "mobilenet_v1": MobileNetV1,
+    "mobilenet_v2": MobileNetV2,
+    "mobilenet_v3": MobileNetV3,
+}
+# Names of the first convolution and of the classifier, which papers keep at 8 bits.
+_ENDS = {
+    "cifar_resnet": ("conv1", "linear"),
+    "resnet": ("conv1", "fc"),
+    "mobilenet_v1": ("conv1", "classifier"),
+    "mobilenet_v2": ("conv1", "classifier"),
+    "mobilenet_v3": ("conv1", "classifier"),
+}
 CLIPPINGS: dict[str, Clipping] = {
     "max": qj.AbsMax(),
     "octav": qj.Octav(),
@@ -64,28 +86,10 @@ def float_model(config: ConfigDict) -> nnx.Module:
     name, pretrained = settings.pop("name"), settings.pop("pretrained")
     if name not in _MODELS:
         raise ValueError(f"model.name is {name!r}: give one of {', '.join(_MODELS)}")
-    build, load = _MODELS[name]
-    model = build(config.seed, settings)
+    model = _MODELS[name](**settings, rngs=nnx.Rngs(config.seed))
     if pretrained is not None:
-        load(model, pretrained)
+        load_weights(model, pretrained)
     return model
-
-
-def _cifar_resnet(seed: int, settings: dict[str, Any]) -> nnx.Module:
-    return CifarResNet(**settings, rngs=nnx.Rngs(seed))
-
-
-def _mobilenet_v1(seed: int, settings: dict[str, Any]) -> nnx.Module:
-    del settings["in_channels"]  # the images' number was checked: colour
-    return MobileNetV1(**settings, rngs=nnx.Rngs(seed))
-
-
-_MODELS: dict[str, tuple[Callable[..., nnx.Module], Callable[..., None]]] = {
-    "cifar_resnet": (_cifar_resnet, load_weights),
-    "mobilenet_v1": (_mobilenet_v1, load_keras_mobilenet_v1),
-}
-# Names of the first convolution and of the classifier, which papers keep at 8 bits.
-_ENDS = {"cifar_resnet": ("conv1", "linear"), "mobilenet_v1": ("conv1", "classifier")}
 
 
 def clipping(name: str) -> Clipping:
@@ -132,21 +136,20 @@ def ptq_policy(config: ConfigDict) -> qj.Policy | None:
     return qj.Policy([*overrides, *rest.rules])
 
 
-def quantise(model: nnx.Module, quant: ConfigDict) -> nnx.Module:
-    """Puts the paper's policy into the model, or nothing where the config says 32 bits.
-
-    Args:
-        model: a float model.
-        quant: see `configs/_quant.py`.
+def quantised_model(config: ConfigDict) -> nnx.Module:
+    """The model with the quantisers of `configs/_quant.py`; without where those say 32 bits.
 
     Raises:
-        ValueError: there is no such clipping, gradient or number of bits.
+        ValueError: there is no such model, clipping, gradient or number of bits.
+        FileNotFoundError: the file of weights does not exist.
     """
+    model, quant = float_model(config), config.quant
+    first, last = _ENDS[config.model.name]
     if quant.notation:
         policy = qj.Policy.from_notation(
             quant.notation,
-            first="conv1",
-            last="linear",
+            first=first,
+            last=last,
             weight_clipping=clipping(quant.clipping),
             gradient=quant.gradient,
         )
@@ -159,8 +162,8 @@ def quantise(model: nnx.Module, quant: ConfigDict) -> nnx.Module:
         clipping=clipping(quant.clipping),
         gradient=quant.gradient,
         narrow=quant.narrow,
-        first="conv1",
-        last="linear",
+        first=first,
+        last=last,
         edge_clipping=clipping(quant.edge_clipping),
     )
     return qj.quantize_model(model, policy)

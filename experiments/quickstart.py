@@ -200,9 +200,7 @@ def layer_input(recipe: ConfigDict, folder: Path, config: ConfigDict) -> jax.Arr
 def trained_model(recipe: ConfigDict, folder: Path) -> nnx.Module:
     """The model of a finished run, in evaluation mode."""
     optimizer = make_optimizer(recipe.optimizer, lambda step: 0.0)  # for its state's shape alone
-    graphdefs, state = create_state(
-        build.quantise(build.float_model(recipe), recipe.quant), optimizer
-    )
+    graphdefs, state = create_state(build.quantised_model(recipe), optimizer)
     with Checkpoints(Workdir(folder).checkpoints_path) as checkpoints:
         restored = checkpoints.restore(state)
     if restored is None:

@@ -79,7 +79,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         normalise = Normalisation(mean=config.dataset.mean, std=config.dataset.std)
 
         # Model
-        model = build.quantise(build.float_model(config), config.quant)
+        model = build.quantised_model(config)
 
         # Durations
         steps_per_epoch = max(len(train_source) // config.batch_size, 1)

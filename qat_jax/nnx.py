@@ -367,10 +367,12 @@ def _sites(model: nnx.Module) -> list[_Site]:
     nodes = dict(nnx.iter_graph(model))
 
     def position(parent: Any, name: Any) -> int:
-        # NNX traverses attributes by the alphabet; the objects' own dictionaries know better.
-        attributes = [str(attribute) for attribute in getattr(parent, "__dict__", ())]
-        if str(name) in attributes:
-            return attributes.index(str(name))
+        # NNX traverses attributes by the alphabet, and merging lays them out so; what each module
+        # remembers of its attributes stays in the order of their definition.
+        attributes = getattr(parent, "__dict__", {})
+        defined = [str(attribute) for attribute in attributes.get("_pytree__nodes", attributes)]
+        if str(name) in defined:
+            return defined.index(str(name))
         return name if isinstance(name, int) else 0  # in a list, or a dictionary as it comes
 
     def definition_order(path: tuple[Any, ...]) -> list[int]:
@@ -386,15 +388,8 @@ def _sites(model: nnx.Module) -> list[_Site]:
 
 
 def copy_model(model: nnx.Module) -> nnx.Module:
-    """New modules and variables, the same arrays, attributes in their order of definition."""
-    copy = nnx.merge(*nnx.split(model), copy=True)
-    copies = dict(nnx.iter_graph(copy))
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Module):  # merging sorts attributes by the alphabet
-            attributes = vars(copies[path])
-            for name in vars(node):
-                attributes[name] = attributes.pop(name)
-    return copy
+    """New modules and variables, the same arrays."""
+    return nnx.merge(*nnx.split(model), copy=True)
 
 
 def _replacement(site: _Site, rule: Rule) -> nnx.Module | None:

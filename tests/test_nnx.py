@@ -125,8 +125,16 @@ class Net(nnx.Module):
         return self.classifier(x.mean((1, 2)))
 
 
-def test_presets_find_the_first_convolution_and_the_classifier():
-    model = qj.quantize_model(Net(nnx.Rngs(0)), "octav-w4a4")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Net(nnx.Rngs(0)),
+        lambda: nnx.merge(*nnx.split(Net(nnx.Rngs(0)))),
+        lambda: nnx.eval_shape(lambda: Net(nnx.Rngs(0))),
+    ],
+)
+def test_presets_find_the_first_convolution_and_the_classifier(make):
+    model = qj.quantize_model(make(), "octav-w4a4")
     layers = qj.report(model).layers
     blocks = [f"blocks/{i}" for i in range(11)]
     assert [layer.path for layer in layers] == ["stem", *blocks, "classifier"]

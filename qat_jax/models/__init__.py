@@ -4,15 +4,19 @@ A model is made of plain Flax layers and knows nothing of quantisation: policies
 from outside.
 """
 
-from qat_jax.models.keras_weights import load_keras_mobilenet_v1
 from qat_jax.models.mobilenet_v1 import MobileNetV1
+from qat_jax.models.mobilenet_v2 import MobileNetV2
+from qat_jax.models.mobilenet_v3 import MobileNetV3
+from qat_jax.models.resnet import ResNet
 from qat_jax.models.resnet_cifar import CifarResNet
 from qat_jax.models.weights import load_weights, save_weights
 
 __all__ = [
     "CifarResNet",
     "MobileNetV1",
-    "load_keras_mobilenet_v1",
+    "MobileNetV2",
+    "MobileNetV3",
+    "ResNet",
     "load_weights",
     "save_weights",
 ]

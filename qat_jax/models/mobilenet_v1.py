@@ -75,6 +75,7 @@ class MobileNetV1(nnx.Module):
     Args:
         width: multiplier of every number of channels (published: 0.25, 0.5, 0.75, 1).
         num_classes: number of logits.
+        in_channels: channels of the input images.
         rngs: source of the `params` key.
         dtype: dtype of the computation; parameters and batch statistics stay float32. None means
             the wider of the input's dtype and float32.
@@ -96,15 +97,19 @@ class MobileNetV1(nnx.Module):
         self,
         width: float = 1.0,
         num_classes: int = 1000,
+        in_channels: int = 3,
         *,
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
     ):
-        if int(32 * width) < 1 or num_classes < 1:
-            raise ValueError(f"width {width} and num_classes {num_classes}: choose larger ones")
+        if min(int(32 * width), num_classes, in_channels) < 1:
+            raise ValueError(
+                f"width {width}, num_classes {num_classes}, in_channels {in_channels}: "
+                "choose larger ones"
+            )
         channels = int(32 * width)
         self.conv1 = nnx.Conv(
-            3, channels, (3, 3), strides=2, use_bias=False, dtype=dtype, rngs=rngs
+            in_channels, channels, (3, 3), strides=2, use_bias=False, dtype=dtype, rngs=rngs
         )
         self.bn1 = _batch_norm(channels, dtype, rngs)
         blocks = []
@@ -119,7 +124,8 @@ class MobileNetV1(nnx.Module):
         """Classify images.
 
         Args:
-            images: scaled to [-1, 1], [N, H, W, 3], floating point; 224 by 224 as published.
+            images: scaled to [-1, 1], [N, H, W, in_channels], floating point, 224 by
+                224 as published.
 
         Returns:
             Logits, [N, num_classes], float32.

@@ -1,28 +1,17 @@
-"""Weights in and out of safetensors files under PyTorch's names and layouts.
-
-A variable's name is its path in the model under `module.`, as PyTorch's DataParallel saves it:
-`layer1/0/bn1/mean` is `module.layer1.0.bn1.running_mean`. Convolution kernels are OIHW in the
-file and HWIO in the model; linear kernels are transposed.
-"""
+"""Weights in and out of safetensors files under other libraries' names and layouts."""
 
 from pathlib import Path
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from qat_jax.models import conventions
+from qat_jax.models.conventions import Convention
 from qat_jax.safetensors_file import read_arrays
 
-_PREFIX = "module"
-_TORCH_NAMES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
 # PyTorch's batch normalisation counts its batches; with a fixed momentum nothing reads the count.
 _IGNORED_SUFFIX = ".num_batches_tracked"
 
@@ -30,89 +19,81 @@ _IGNORED_SUFFIX = ".num_batches_tracked"
 def load_weights(model: nnx.Module, path: str | Path) -> None:
     """Replace a model's parameters and batch statistics, in place, by those of a file.
 
-    Everything is checked before anything is replaced: after an error the model is as it was.
-    Values take the dtype of the variable they replace.
+    The file's names tell which library's they are (see `conventions`). Everything is checked
+    before anything is replaced: after an error the model is as it was. Values take the dtype of
+    the variable they replace.
 
     Args:
-        model: a model of `Conv`, `Linear` and `BatchNorm` layers, such as `CifarResNet`; one made
+        model: a model of `Conv`, `Linear` and `BatchNorm` layers, such as `ResNet`; one made
             under `nnx.eval_shape` will do, and saves drawing weights that are replaced anyway.
-        path: a safetensors file of floating-point arrays under PyTorch's names.
+        path: a safetensors file of floating-point arrays.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a safetensors file, or its names, shapes or dtypes are not exactly
             those of the model.
     """
-    arrays = _read(path)
-    variables = _named_variables(model)
-    olds = {name: variable.get_value() for name, variable in variables.items()}
-    _check_names(path, arrays, olds)
-    news = {name: _from_torch_layout(array) for name, array in arrays.items()}
-    for name, old in olds.items():
-        _check_array(path, name, news[name], old)
+    arrays = {
+        name: array
+        for name, array in read_arrays(path, "weights").items()
+        if not name.endswith(_IGNORED_SUFFIX)
+    }
+    known = conventions.of_model(model)
+    convention = max(known, key=lambda known: len(arrays.keys() & _named(model, known).keys()))
+    variables = _named(model, convention)
+    _check_names(path, arrays, variables)
     for name, variable in variables.items():
-        variable.set_value(jnp.asarray(news[name], dtype=olds[name].dtype))
+        _check_array(path, name, arrays[name], _shape_in_file(convention, name, variable))
+    for name, variable in variables.items():
+        value = convention.from_file(name, arrays[name])
+        variable.set_value(jnp.asarray(value, dtype=variable.get_value().dtype))
 
 
-def save_weights(model: nnx.Module, path: str | Path) -> None:
+def save_weights(model: nnx.Module, path: str | Path, library: str | None = None) -> None:
     """Write a model's parameters and batch statistics to a file that `load_weights` reads.
 
     Args:
-        model: a model of `Conv`, `Linear` and `BatchNorm` layers, such as `CifarResNet`.
+        model: a model of `Conv`, `Linear` and `BatchNorm` layers, such as `ResNet`.
         path: the safetensors file to write; an existing one is replaced.
+        library: whose names and layouts; None is the first of those that the model has.
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.
-        ValueError: a variable of the model has no PyTorch name.
+        ValueError: the library has no such model, or a variable no name in it.
     """
     folder = Path(path).parent
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist: make it before saving {path}")
+    known = {convention.library: convention for convention in conventions.of_model(model)}
+    library = library or next(iter(known))
+    if library not in known:
+        raise ValueError(
+            f"no names for {type(model).__name__} in {library!r}: give one of {', '.join(known)}"
+        )
+    convention = known[library]
     arrays = {
         # The file holds the buffer as it lies in memory, so a transposed view will not do.
-        name: np.ascontiguousarray(_to_torch_layout(np.asarray(variable.get_value())))
-        for name, variable in _named_variables(model).items()
+        name: np.ascontiguousarray(convention.to_file(name, np.asarray(variable.get_value())))
+        for name, variable in _named(model, convention).items()
     }
     save_file(arrays, path)
 
 
-def _named_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """Parameters and batch statistics of a model by their PyTorch names."""
+def _named(model: nnx.Module, convention: Convention) -> dict[str, nnx.Variable]:
+    """Parameters and batch statistics of a model by their names in a library."""
     return {
-        _torch_name(path): node
+        convention.name(model, path): node
         for path, node in nnx.iter_graph(model)
-        if isinstance(node, (nnx.Param, nnx.BatchStat))
+        if isinstance(node, nnx.Param | nnx.BatchStat)
     }
 
 
-def _torch_name(path: tuple) -> str:
-    *layer, leaf = path
-    if leaf not in _TORCH_NAMES:
-        raise ValueError(
-            f"variable {'/'.join(map(str, path))} has no PyTorch name: "
-            "load and save models of Conv, Linear and BatchNorm layers only"
-        )
-    return ".".join(map(str, (_PREFIX, *layer, _TORCH_NAMES[leaf])))
+def _shape_in_file(convention: Convention, name: str, variable: nnx.Variable) -> tuple[int, ...]:
+    as_large = np.broadcast_to(np.zeros(()), variable.get_value().shape)  # takes no memory
+    return convention.to_file(name, as_large).shape
 
 
-def _from_torch_layout(array: np.ndarray) -> np.ndarray:
-    """OIHW to HWIO, [out, in] to [in, out]; vectors as they are."""
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-
-
-def _to_torch_layout(array: np.ndarray) -> np.ndarray:
-    """HWIO to OIHW, [in, out] to [out, in]; vectors as they are."""
-    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-
-
-def _read(path: str | Path) -> dict[str, np.ndarray]:
-    arrays = read_arrays(path, "weights")
-    return {name: a for name, a in arrays.items() if not name.endswith(_IGNORED_SUFFIX)}
-
-
-def _check_names(
-    path: str | Path, found: dict[str, np.ndarray], expected: dict[str, jax.Array]
-) -> None:
+def _check_names(path: str | Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     differences = [
         f"{label} names: {len(names)} (such as {min(names)})"
         for label, names in [
@@ -122,23 +103,25 @@ def _check_names(
         if names
     ]
     if differences:
+        in_file = _depth(array.shape for array in found.values())
+        in_model = _depth(variable.get_value().shape for variable in expected.values())
         raise ValueError(
             f"{path} does not fit the model: {' and '.join(differences)}; the file holds "
-            f"{_depth(found)} convolutional and linear layers, the model {_depth(expected)}: build "
+            f"{in_file} convolutional and linear layers, the model {in_model}: build "
             "the model with the file's depth, or name the arrays as save_weights does"
         )
 
 
-def _depth(arrays: dict) -> int:
+def _depth(shapes: Any) -> int:
     """Number of convolutional and linear layers: their kernels alone are not vectors."""
-    return sum(array.ndim > 1 for array in arrays.values())
+    return sum(len(shape) > 1 for shape in shapes)
 
 
-def _check_array(path: str | Path, name: str, value: np.ndarray, old: jax.Array) -> None:
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(f"{name} in {path} is {value.dtype}: convert it to floating point")
-    if value.shape != old.shape:
+def _check_array(path: str | Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} in {path} is {array.dtype}: convert it to floating point")
+    if array.shape != shape:
         raise ValueError(
-            f"{name} in {path} has shape {value.shape} in the model's layout, the model needs "
-            f"{old.shape}: build the model with the file's width, input channels and classes"
+            f"{name} in {path} has shape {array.shape}, the model needs {shape}: build the model "
+            "with the file's width, input channels and classes"
         )

@@ -121,7 +121,7 @@ def test_cells_differ_in_how_they_quantise_and_in_nothing_else():
         weights = []
         for cell in config.cells:
             settings = quickstart.run_config(config, cell, seed)
-            model = build.quantise(build.float_model(settings), settings.quant)
+            model = build.quantised_model(settings)
             weights.append(jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
         for own in recipes:
             assert own.pop("quant") is not None
