@@ -36,6 +36,7 @@ def get_config(arg: str = "8/8U") -> ConfigDict:
                 "test_split": placeholder(str),
                 "resize": placeholder(int),  # the shorter side first, in pixels; as it is if None
                 "size": 224,  # of the centre crop
+                "tensorflow": True,  # who rounds its margins
                 "mean": (0.5, 0.5, 0.5),
                 "std": (0.5, 0.5, 0.5),
             },

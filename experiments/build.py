@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 import qat_jax as qj
 from qat_jax import data
 from qat_jax.clipping import Clipping
+from qat_jax.data.pipeline import Augment
 from qat_jax.models import (
     CifarResNet,
     MobileNetV1,
@@ -44,23 +45,62 @@ CLIPPINGS: dict[str, Clipping] = {
 }
 
 
-def source(config: ConfigDict, split: str) -> Any:
-    """The examples of a split, at random access.
+def train_source(config: ConfigDict) -> tuple[Any, Augment | None]:
+    """The training examples, at random access, and how their images are augmented.
 
     Raises:
         DataError: there are none.
-        ValueError: the model or the normalisation expects another number of channels.
+        ValueError: there is no such augmentation, or the model expects other images.
     """
+    dataset = config.dataset
+    match dataset.augment:
+        case "none":
+            return _prepared(_source(config, dataset.train_split), config), None
+        case "crop_flip":
+            source = _prepared(_source(config, dataset.train_split), config)
+            return source, data.random_crop_flip
+        case "resized_crop_flip":
+            if dataset.get("size") is None:
+                raise ValueError("dataset.augment 'resized_crop_flip' needs dataset.size")
+            return _source(config, dataset.train_split), data.RandomResizedCrop(dataset.size)
+    raise ValueError(
+        f"unknown dataset.augment {dataset.augment!r}: "
+        "choose one of none, crop_flip, resized_crop_flip"
+    )
+
+
+def test_source(config: ConfigDict) -> Any:
+    """The test examples, at random access, as the model expects them.
+
+    Raises:
+        DataError: there are none.
+        ValueError: the model expects other images.
+    """
+    return _prepared(_source(config, config.dataset.test_split), config)
+
+
+def calibration_source(config: ConfigDict) -> Any:
+    """The training examples, but not augmented; raises as `test_source` does."""
+    return _prepared(_source(config, config.dataset.train_split), config)
+
+
+def _prepared(source: Any, config: ConfigDict) -> Any:
+    """Cropped to `dataset.size`, if the config has one."""
+    dataset = config.dataset
+    if dataset.get("size") is None:
+        return source
+    crop = data.CentreCrop(dataset.size, dataset.resize, dataset.get("tensorflow", False))
+    return data.PreparedSource(source, crop)
+
+
+def _source(config: ConfigDict, split: str) -> Any:
     if config.dataset.name == "image_folder":
         if config.dataset.data_dir is None or split is None:
             raise ValueError(
                 "name the images: --config.dataset.data_dir=DIR --config.dataset.test_split=NAME, "
                 "and --config.dataset.train_split=NAME to calibrate; a folder or zip file each"
             )
-        path = Path(config.dataset.data_dir) / split
-        examples: Any = data.ImageFolder(
-            path, size=config.dataset.size, resize=config.dataset.resize
-        )
+        examples: Any = data.ImageFolder(Path(config.dataset.data_dir) / split)
     else:
         examples = data.load_source(config.dataset.name, split, config.dataset.data_dir)
     channels = examples[0]["image"].shape[-1]

@@ -92,9 +92,9 @@ class Bench:
             raise ValueError(
                 "there is no model to quantise: pass --config.model.pretrained=FILE.safetensors"
             )
-        test = build.source(config, config.dataset.test_split)
+        test = build.test_source(config)
         needed = needs_training_images(config)
-        train = build.source(config, config.dataset.train_split) if needed else None
+        train = build.calibration_source(config) if needed else None
         normalise = Normalisation(mean=config.dataset.mean, std=config.dataset.std)
         model = build.float_model(config)
         if config.fold_batch_norm:

@@ -180,7 +180,7 @@ def layer_input(recipe: ConfigDict, folder: Path, config: ConfigDict) -> jax.Arr
     Returns:
         float32 [images, H, W, C].
     """
-    source = build.source(recipe, recipe.dataset.test_split)
+    source = build.test_source(recipe)
     batch = next(data.eval_batches(source, batch_size=len(source)))
     normalise = Normalisation(mean=recipe.dataset.mean, std=recipe.dataset.std)
     model = trained_model(recipe, folder)

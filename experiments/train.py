@@ -40,8 +40,6 @@ from qat_jax.training.workdir import MetricWriter, Workdir
 
 logger = logging.getLogger("experiments.train")  # __name__ is "__main__" on the command line
 
-AUGMENTATIONS = {"none": None, "crop_flip": data.random_crop_flip}
-
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains what `config` describes, or goes on with it, or returns what is already there.
@@ -73,9 +71,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         devices.check_batch_size(config.batch_size)
 
         # Data
-        train_source = build.source(config, config.dataset.train_split)
-        test_source = build.source(config, config.dataset.test_split)
-        augment = augmentation(config.dataset.augment)
+        train_source, augment = build.train_source(config)
+        test_source = build.test_source(config)
         normalise = Normalisation(mean=config.dataset.mean, std=config.dataset.std)
 
         # Model
@@ -157,19 +154,6 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     result = folder.finish(settings, metrics, wall_seconds=time.monotonic() - started)
     logger.info("test accuracy %.2f %%: %s", 100 * metrics["test_accuracy"], folder.result_path)
     return result
-
-
-def augmentation(name: str) -> Any:
-    """The augmentation of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if name not in AUGMENTATIONS:
-        raise ValueError(
-            f"unknown dataset.augment {name!r}: choose one of {', '.join(AUGMENTATIONS)}"
-        )
-    return AUGMENTATIONS[name]
 
 
 def make_plan(config: ConfigDict, steps_per_epoch: int) -> Plan:

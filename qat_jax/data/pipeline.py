@@ -33,6 +33,29 @@ class RandomAccessSource(Protocol):
     def __getitem__(self, index: int, /) -> Example: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class PreparedSource:
+    """A source whose images are changed as they are read.
+
+    Attributes:
+      source: what is read.
+      prepare: image -> image, such as a `CentreCrop`.
+    """
+
+    source: RandomAccessSource | Sequence[Example]
+    prepare: Callable[[np.ndarray], np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int, /) -> Example:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int], /) -> list[Example]:
+        examples = _read_examples(self.source, indices)
+        return [example | {"image": self.prepare(example["image"])} for example in examples]
+
+
 def train_batches(
     source: RandomAccessSource | Sequence[Example],
     *,
@@ -56,7 +79,7 @@ def train_batches(
       source: examples with `image` (uint8 [H, W, C]) and `label` (an integer).
       batch_size: examples in a global batch, over all shards.
       seed: 0 … 2³²-1.
-      augment: (image, generator) -> image, applied to single images.
+      augment: (image, generator) -> image, applied to single images; all results have one shape.
       start_step: index of the first batch.
       num_threads: threads that read ahead, in each process that reads; 0 reads on demand. More
         than one helps where reading waits (a slow disk, JPEG), not with small stored arrays.

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from qat_jax.data import ImageFolder, eval_batches
+from qat_jax.data import CentreCrop, ImageFolder, PreparedSource, eval_batches
 from qat_jax.models import MobileNetV1, load_weights
 from qat_jax.training.step import Normalisation
 
@@ -53,7 +53,7 @@ def test_pretrained_weights_classify(pretrained):
     model = abstract(0.75)
     load_weights(model, pretrained)
     model.eval()
-    images = ImageFolder(path, size=224)
+    images = PreparedSource(ImageFolder(path), CentreCrop(224, tensorflow=True))
     graphdef, state = nnx.split(model)
     normalise = Normalisation((0.5,) * 3, (0.5,) * 3)
     predict = jax.jit(lambda state, x: nnx.merge(graphdef, state)(normalise(x)).argmax(-1))
