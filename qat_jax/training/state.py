@@ -25,12 +25,19 @@ class TrainState:
         params: nested dict of arrays, the model's `nnx.Param` values.
         model_state: nested dict of arrays, every other variable (batch statistics, RNG counts).
         opt_state: the optimiser's state.
+        average: the moving average of `params` over the steps, or None.
     """
 
     step: jax.Array
     params: PyTree
     model_state: PyTree
     opt_state: PyTree
+    average: PyTree = None
+
+    @property
+    def evaluated_params(self) -> PyTree:
+        """The parameters that the run is judged by: the average where there is one."""
+        return self.params if self.average is None else self.average
 
 
 class GraphDefs(NamedTuple):
@@ -59,11 +66,16 @@ def split_model(model: nnx.Module) -> tuple[GraphDefs, PyTree, PyTree]:
 
 
 def create_state(
-    model: nnx.Module, optimizer: optax.GradientTransformation
+    model: nnx.Module, optimizer: optax.GradientTransformation, *, averages: bool = False
 ) -> tuple[GraphDefs, TrainState]:
     """Makes the state before the first step, with its own copy of the model's arrays.
 
     The copy lets the training step donate its input without emptying `model`.
+
+    Args:
+        model: where to start.
+        optimizer: what will update the parameters.
+        averages: whether an average of the parameters is kept.
     """
     graphdefs, params, model_state = split_model(model)
     params, model_state = jax.tree.map(jnp.copy, (params, model_state))
@@ -72,13 +84,14 @@ def create_state(
         params=params,
         model_state=model_state,
         opt_state=optimizer.init(params),
+        average=jax.tree.map(jnp.copy, params) if averages else None,
     )
     return graphdefs, state
 
 
 def restore_model(graphdefs: GraphDefs, state: TrainState) -> nnx.Module:
     """Puts the arrays of `state` back into a model, in evaluation mode."""
-    return nnx.merge(graphdefs.evaluation, state.params, state.model_state)
+    return nnx.merge(graphdefs.evaluation, state.evaluated_params, state.model_state)
 
 
 def count_parameters(params: PyTree) -> int:

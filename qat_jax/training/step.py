@@ -70,6 +70,8 @@ def make_train_step(
     normalise: Callable[[jax.Array], jax.Array],
     schedule: optax.Schedule,
     label_smoothing: float = 0.0,
+    accumulate: int = 1,
+    average_decay: float = 0.0,
     collect: type[nnx.Variable] | None = None,
     summarise: Callable[[nnx.State], Any] = nnx.to_pure_dict,
     replicated: jax.sharding.Sharding | None = None,
@@ -82,6 +84,11 @@ def make_train_step(
         normalise: uint8 images to what the model expects.
         schedule: the learning rate by step, for the metrics.
         label_smoothing: see `cross_entropy`.
+        accumulate: parts that a batch is cut into, which run one after the other and whose
+            gradients are averaged: a batch that does not fit into memory at once. Batch norms and
+            dynamic thresholds see a part at a time.
+        average_decay: the share of the old in the moving average of the parameters, of a state
+            that keeps one.
         collect: what the forward pass sows under this variable type (see `nnx.capture`) is
             returned as metrics["diagnostics"]; None sows nothing.
         summarise: makes a tree of scalars of what was sown.
@@ -90,12 +97,17 @@ def make_train_step(
     Returns:
         step(state, {"image": uint8 [B, H, W, C], "label": int32 [B]}) -> (state, metrics), metrics
         being float32 scalars `loss`, `accuracy`, `grad_norm`, `learning_rate`, and `diagnostics`
-        if there is something to collect.
+        if there is something to collect, means over the parts.
+
+    Raises:
+        ValueError: `accumulate` is not positive; when tracing, if the parts are unequal.
     """
+    if accumulate < 1:
+        raise ValueError(f"accumulate is {accumulate}: cut the batch into at least 1 part")
 
     def loss_fn(
         params: Any, model_state: Any, batch: Batch
-    ) -> tuple[jax.Array, tuple[jax.Array, Any, Any]]:
+    ) -> tuple[jax.Array, tuple[Any, dict[str, Any]]]:
         model = nnx.merge(graphdefs.train, params, model_state)
         image = normalise(batch["image"])
         if collect is None:
@@ -104,30 +116,71 @@ def make_train_step(
             logits, captured = nnx.capture(model, collect)(image)
             sown = {"diagnostics": summarise(captured)}
         loss = cross_entropy(logits, batch["label"], label_smoothing).mean()
+        accuracy = jnp.mean(logits.argmax(-1) == batch["label"])
         new_model_state = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
-        return loss, (logits, new_model_state, sown)
+        return loss, (new_model_state, {"loss": loss, "accuracy": accuracy, **sown})
+
+    def gradients(state: TrainState, batch: Batch) -> tuple[Any, tuple[Any, dict[str, Any]]]:
+        """The model's new state; gradients and metrics."""
+
+        def part(model_state: Any, batch: Batch) -> tuple[Any, tuple[Any, dict[str, Any]]]:
+            grads, (model_state, metrics) = jax.grad(loss_fn, has_aux=True)(
+                state.params, model_state, batch
+            )
+            return model_state, (grads, metrics)
+
+        if accumulate == 1:
+            return part(state.model_state, batch)
+        return _scan_mean(part, state.model_state, batch, accumulate)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        (loss, (logits, model_state, sown)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, state.model_state, batch
-        )
+        model_state, (grads, metrics) = gradients(state, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = {
-            "loss": loss,
-            "accuracy": jnp.mean(logits.argmax(-1) == batch["label"]),
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            **sown,
         }
+        average = state.average
+        if average is not None:
+            average = optax.incremental_update(params, average, 1 - average_decay)
         new_state = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             model_state=model_state,
             opt_state=opt_state,
+            average=average,
         )
         return new_state, metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=replicated)
+
+
+def _scan_mean(
+    function: Callable[[Any, Batch], tuple[Any, Any]], carry: Any, batch: Batch, parts: int
+) -> tuple[Any, Any]:
+    """`function` of each part of a batch in turn: the last carry and the mean of what it returns.
+
+    Every part takes an example of each run of `parts` examples, so that a batch that is split over
+    devices stays where it is.
+    """
+    stacked = {
+        name: jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
+        for name, array in batch.items()
+    }
+    first = {name: array[0] for name, array in stacked.items()}
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(function, carry, first)[1],
+    )
+
+    def add(before: tuple[Any, Any], part: Batch) -> tuple[tuple[Any, Any], None]:
+        carry, total = before
+        carry, value = function(carry, part)
+        return (carry, jax.tree.map(jnp.add, total, value)), None
+
+    (carry, total), _ = jax.lax.scan(add, (carry, zeros), stacked)
+    return carry, jax.tree.map(lambda leaf: leaf / parts, total)
 
 
 def make_eval_step(
@@ -144,7 +197,7 @@ def make_eval_step(
     """
 
     def eval_step(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-        model = nnx.merge(graphdefs.evaluation, state.params, state.model_state)
+        model = nnx.merge(graphdefs.evaluation, state.evaluated_params, state.model_state)
         logits = _apply(model, normalise(batch["image"]))
         mask = batch["mask"]
         # `where`, not a product: what a padded example gives may be NaN.

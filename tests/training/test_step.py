@@ -1,12 +1,20 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from qat_jax.training.checkpoint import Checkpoints
 from qat_jax.training.loop import evaluate
-from qat_jax.training.state import restore_model
-from qat_jax.training.step import Normalisation, cross_entropy, make_train_step
+from qat_jax.training.state import create_state, restore_model
+from qat_jax.training.step import (
+    Normalisation,
+    cross_entropy,
+    make_eval_step,
+    make_train_step,
+)
 from tests.training.tiny_training import eval_data, examples
 
 
@@ -53,6 +61,60 @@ def test_a_step_is_gradient_descent_with_fresh_batch_statistics(lab):
     np.testing.assert_allclose(state.model_state["norm"]["mean"], statistic, rtol=1e-4, atol=1e-6)
     norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(grads)))
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+
+
+def test_a_batch_in_parts_gives_the_mean_of_their_gradients(lab):
+    settings = dict(normalise=lab.normalise, schedule=lab.schedule)
+    step = make_train_step(lab.graphdefs, lab.optimizer, accumulate=4, **settings)
+    state, batch = lab.state(), examples(0, 8)
+    before = jax.device_get(state)
+    state, metrics = step(state, batch)
+
+    model, grads, losses = lab.model(), [], []
+    for part in range(4):  # batch norms keep what they saw of the parts before
+
+        def loss_fn(model, part=part):
+            logits = model(lab.normalise(batch["image"][part::4]))
+            return cross_entropy(logits, batch["label"][part::4]).mean()
+
+        loss, grad = nnx.value_and_grad(loss_fn)(model)
+        losses.append(float(loss))
+        grads.append(grad["conv"]["kernel"][...])
+    expected = before.params["conv"]["kernel"] - 0.5 * np.mean(grads, axis=0)
+    np.testing.assert_allclose(state.params["conv"]["kernel"], expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+    statistic = model.norm.mean[...]
+    np.testing.assert_allclose(state.model_state["norm"]["mean"], statistic, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="accumulate is 0"):
+        make_train_step(lab.graphdefs, lab.optimizer, accumulate=0, **settings)
+
+
+def test_the_average_of_the_parameters_is_evaluated(lab, tmp_path):
+    graphdefs, state = create_state(lab.model(), lab.optimizer, averages=True)
+    step = make_train_step(
+        graphdefs,
+        lab.optimizer,
+        normalise=lab.normalise,
+        schedule=lab.schedule,
+        average_decay=0.75,
+    )
+    expected = jax.device_get(state.params)
+    for seed in range(3):
+        state, _ = step(state, examples(seed, 8))
+        new = jax.device_get(state.params)
+        expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, expected, new)
+    jax.tree.map(lambda *a: np.testing.assert_allclose(*a, rtol=1e-5), state.average, expected)
+
+    plain = dataclasses.replace(state, params=state.average, average=None)
+    ours, theirs = (
+        evaluate(make_eval_step(graphdefs, normalise=lab.normalise), s, eval_data(), lab.devices)
+        for s in (state, plain)
+    )
+    assert ours == theirs
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, seconds=0.0)
+        restored, _ = checkpoints.restore(state)
+    jax.tree.map(np.testing.assert_array_equal, restored.average, state.average)
 
 
 def test_the_input_state_is_donated_but_the_model_keeps_its_arrays(lab):
