@@ -4,7 +4,14 @@ from ml_collections import ConfigDict
 
 from qat_jax import Notation
 
-DEFAULTS = {"bits": "32", "notation": "", "clipping": "octav", "gradient": "mph"}
+DEFAULTS = {
+    "bits": "32",
+    "notation": "",
+    "clipping": "octav",
+    "gradient": "mph",
+    "scaling": "dynamic",
+}
+_STATIC_BATCHES = 5
 
 
 def quant_config(arg: str) -> ConfigDict:
@@ -12,6 +19,9 @@ def quant_config(arg: str) -> ConfigDict:
 
     "notation=3/3U/4/6" in the place of bits asks for vectors (see `qat_jax.Notation`); the clipping
     is then that of the weights, activations being scaled by their maximum.
+
+    "scaling=static" finds all thresholds once, before the first step: the mean of what five batches
+    suggest (arXiv:2206.06501, section 5). They are "dynamic" by default, found in every step.
 
     Args:
         arg: comma-separated `key=value`; a key that is not given has its default.
@@ -22,7 +32,7 @@ def quant_config(arg: str) -> ConfigDict:
     Example:
         >>> quant_config("bits=4,clipping=max").to_dict()
         {'activation_bits': 4, 'clipping': 'max', 'diagnostics': False, 'edge_clipping': 'max',
-         'gradient': 'mph', 'narrow': True, 'notation': '', 'weight_bits': 4}
+         'gradient': 'mph', 'narrow': True, 'notation': '', 'static_batches': 0, 'weight_bits': 4}
     """
     values = dict(DEFAULTS)
     parts = [] if arg == "float" else [part for part in arg.split(",") if part]
@@ -31,11 +41,14 @@ def quant_config(arg: str) -> ConfigDict:
         if not equals or key not in DEFAULTS:
             raise ValueError(
                 f"cannot read {part!r}: give 'float' or some of bits=4, notation=4/4U/4/6, "
-                "clipping=octav|max|exact, gradient=mph|mad|pwl|ste, separated by commas"
+                "clipping=octav|max|exact|mse|p99.9, gradient=mph|mad|pwl|ste, "
+                "scaling=dynamic|static, separated by commas"
             )
         values[key] = value
     if not values["bits"].isdigit():
         raise ValueError(f"bits={values['bits']} is not a whole number: give bits=4 or the like")
+    if values["scaling"] not in ("dynamic", "static"):
+        raise ValueError(f"scaling={values['scaling']}: give dynamic or static")
     if values["notation"]:
         values["notation"] = str(Notation.parse(values["notation"]))
     return ConfigDict(
@@ -47,6 +60,8 @@ def quant_config(arg: str) -> ConfigDict:
             "gradient": values["gradient"],
             "narrow": True,  # the threshold is itself a code; the paper's grids are not narrow
             "edge_clipping": values["clipping"],  # of the first convolution and the classifier
+            # Of training images behind thresholds that stay; 0: every step finds its own.
+            "static_batches": _STATIC_BATCHES if values["scaling"] == "static" else 0,
             "diagnostics": False,  # SQNR, clipped share and threshold of each layer in each step
         }
     )

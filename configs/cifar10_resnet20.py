@@ -58,6 +58,8 @@ def get_config(arg: str = "") -> ConfigDict:
             },
             "schedule": {"name": "cosine"},
             "label_smoothing": 0.0,
+            "average_decay": 0.0,  # of the parameters that are evaluated; 0: those of the last step
+            "accumulate": 1,  # parts of a batch that run one after the other
             "batch_size": 128,
             "total_epochs": 1.0,
             "eval_every_epochs": 1.0,

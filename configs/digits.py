@@ -53,6 +53,8 @@ def get_config(arg: str = "") -> ConfigDict:
             },
             "schedule": {"name": "cosine", "warmup_percent": 5.0},
             "label_smoothing": 0.0,
+            "average_decay": 0.0,  # of the parameters that are evaluated; 0: those of the last step
+            "accumulate": 1,  # parts of a batch that run one after the other
             "batch_size": 64,
             "total_epochs": 15.0,
             "eval_every_epochs": 3.0,

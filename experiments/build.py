@@ -1,9 +1,12 @@
 """From a config to the things it names: images, a model, its quantisers."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -19,8 +22,10 @@ from qat_jax.models import (
     ResNet,
     load_weights,
 )
+from qat_jax.training.step import Normalisation
 
 FLOAT_BITS = 32
+FAKE_IMAGES = 1024
 _MODELS: dict[str, Callable[..., nnx.Module]] = {
     "cifar_resnet": CifarResNet,
     "resnet": ResNet,
@@ -84,6 +89,15 @@ def calibration_source(config: ConfigDict) -> Any:
     return _prepared(_source(config, config.dataset.train_split), config)
 
 
+def calibration_images(
+    source: Any, normalise: Normalisation, *, batch_size: int, seed: int, count: int
+) -> Iterator[jax.Array]:
+    """The first batches of shuffled examples, normalised."""
+    batches = data.train_batches(source, batch_size=batch_size, seed=seed)
+    for batch in itertools.islice(batches, count):
+        yield normalise(jnp.asarray(batch["image"]))
+
+
 def _prepared(source: Any, config: ConfigDict) -> Any:
     """Cropped to `dataset.size`, if the config has one."""
     dataset = config.dataset
@@ -101,6 +115,13 @@ def _source(config: ConfigDict, split: str) -> Any:
                 "and --config.dataset.train_split=NAME to calibrate; a folder or zip file each"
             )
         examples: Any = data.ImageFolder(Path(config.dataset.data_dir) / split)
+    elif config.dataset.name == "fake":
+        examples = data.FakeImages(
+            FAKE_IMAGES,
+            size=config.dataset.size,
+            channels=config.model.in_channels,
+            num_classes=config.model.num_classes,
+        )
     else:
         examples = data.load_source(config.dataset.name, split, config.dataset.data_dir)
     channels = examples[0]["image"].shape[-1]
@@ -126,6 +147,8 @@ def float_model(config: ConfigDict) -> nnx.Module:
     name, pretrained = settings.pop("name"), settings.pop("pretrained")
     if name not in _MODELS:
         raise ValueError(f"model.name is {name!r}: give one of {', '.join(_MODELS)}")
+    if "dtype" in settings:
+        settings["dtype"] = jnp.dtype(settings["dtype"])
     model = _MODELS[name](**settings, rngs=nnx.Rngs(config.seed))
     if pretrained is not None:
         load_weights(model, pretrained)

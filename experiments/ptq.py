@@ -32,7 +32,6 @@ signal-to-noise ratio, the clipped share and the threshold over the maximum.
 """
 
 import dataclasses
-import itertools
 import logging
 import sys
 import time
@@ -147,9 +146,9 @@ class Bench:
         return self.normalise(jnp.asarray(batch["image"]))
 
     def _train_images(self, count: int, seed: int) -> Iterator[jax.Array]:
-        batches = data.train_batches(self.train, batch_size=self.batch_size, seed=seed)
-        for batch in itertools.islice(batches, count):
-            yield self.normalise(jnp.asarray(batch["image"]))
+        return build.calibration_images(
+            self.train, self.normalise, batch_size=self.batch_size, seed=seed, count=count
+        )
 
 
 def needs_training_images(config: ConfigDict) -> bool:

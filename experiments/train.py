@@ -68,7 +68,11 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     with cli.setup_errors():
         # Devices
         devices = DataParallel.over_all_devices()
-        devices.check_batch_size(config.batch_size)
+        if config.batch_size % config.accumulate:
+            raise ValueError(
+                f"accumulate {config.accumulate} does not divide batch_size {config.batch_size}"
+            )
+        devices.check_batch_size(config.batch_size // config.accumulate)
 
         # Data
         train_source, augment = build.train_source(config)
@@ -76,7 +80,18 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         normalise = Normalisation(mean=config.dataset.mean, std=config.dataset.std)
 
         # Model
+        if config.get("retrains") and config.model.pretrained is None:
+            raise ValueError("this recipe retrains a network: pass --config.model.pretrained=FILE")
         model = build.quantised_model(config)
+        if config.quant.static_batches:
+            images = build.calibration_images(
+                build.calibration_source(config),
+                normalise,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                count=config.quant.static_batches,
+            )
+            qj.calibrate(model, images)
 
         # Durations
         steps_per_epoch = max(len(train_source) // config.batch_size, 1)
@@ -92,7 +107,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         optimizer = make_optimizer(config.optimizer, schedule)
 
         # State and steps
-        graphdefs, state = create_state(model, optimizer)
+        graphdefs, state = create_state(model, optimizer, averages=config.average_decay > 0)
         state = devices.replicate(state)
         train_step = make_train_step(
             graphdefs,
@@ -100,6 +115,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             normalise=normalise,
             schedule=schedule,
             label_smoothing=config.label_smoothing,
+            accumulate=config.accumulate,
+            average_decay=config.average_decay,
             collect=qj.Diagnostic if config.quant.diagnostics else None,
             summarise=qj.diagnostics_by_layer,
             replicated=devices.replicated,

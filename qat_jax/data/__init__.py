@@ -5,6 +5,7 @@
 
 from qat_jax.data.augment import random_crop_flip
 from qat_jax.data.crops import CentreCrop, RandomResizedCrop
+from qat_jax.data.fake import FakeImages
 from qat_jax.data.image_folder import ImageFolder
 from qat_jax.data.pipeline import PreparedSource, eval_batches, train_batches
 from qat_jax.data.prepare import DataError
@@ -13,6 +14,7 @@ from qat_jax.data.sources import load_source
 __all__ = [
     "CentreCrop",
     "DataError",
+    "FakeImages",
     "ImageFolder",
     "PreparedSource",
     "RandomResizedCrop",

@@ -1,0 +1,134 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import imagenet
+from experiments import build, cli, train
+from qat_jax.training.optimizer import duration_in_steps, make_optimizer, make_schedule
+from qat_jax.training.state import create_state
+from qat_jax.training.step import Normalisation, make_train_step
+
+IMAGES = 1_281_167
+
+
+@pytest.fixture(scope="module")
+def paper(shared_data):
+    path = shared_data.parent / "reference" / "octav_results.json"
+    if not path.is_file():
+        pytest.skip(f"no published recipes at {path}")
+    return json.loads(path.read_text())["recipes"]
+
+
+def rates(config):
+    """The learning rate in the middle of each epoch."""
+    steps_per_epoch = IMAGES // config.batch_size
+    total = duration_in_steps(config, "total", steps_per_epoch=steps_per_epoch)
+    schedule = make_schedule(
+        config.schedule,
+        config.optimizer.learning_rate,
+        total_steps=total,
+        steps_per_epoch=steps_per_epoch,
+    )
+    epochs = round(total / steps_per_epoch)
+    return [float(schedule(int((e + 0.5) * steps_per_epoch))) for e in range(epochs)]
+
+
+@pytest.mark.parametrize("model", ["resnet18", "resnet50", "resnet101"])
+def test_resnets_are_trained_as_the_paper_says(model, paper):
+    recipe = paper["resnet_scratch"]
+    config = imagenet.get_config(f"model={model},bits=4")
+    assert config.batch_size == 8 * 64
+    assert config.optimizer.weight_decay == recipe["weight_decay"]
+    expected = [recipe["lr"] * 0.1 ** (e // 30) for e in range(recipe["epochs"][model])]
+    np.testing.assert_allclose(rates(config), expected, rtol=1e-5)
+    long = imagenet.get_config(f"model={model},recipe=long,bits=4")
+    assert long.optimizer.learning_rate == pytest.approx(recipe["lr"] * 1e-2)
+    assert long.total_epochs == paper["long_retrain"]["epochs"]["resnets"]
+
+
+@pytest.mark.parametrize("model", ["mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"])
+def test_mobilenets_are_trained_as_the_paper_says(model, paper):
+    recipe = paper["mobilenet_scratch"]
+    config = imagenet.get_config(f"model={model},bits=4")
+    assert config.batch_size == 8 * 128
+    assert config.optimizer.weight_decay == recipe["weight_decay"][model.split("_")[1]]
+    expected = [recipe["lr"] * 0.1 ** (e // 100) for e in range(recipe["epochs"])]
+    np.testing.assert_allclose(rates(config), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["resnet18", "resnet50", "resnet101", "mobilenet_v2"])
+def test_short_retraining(model, paper):
+    config = imagenet.get_config(f"model={model},recipe=short,bits=4,scaling=static")
+    if model in ("resnet50", "resnet101"):
+        recipe, rate = (
+            paper["short_retrain_resnet50_101"],
+            paper["short_retrain_resnet50_101"]["lr"],
+        )
+        every = 5
+    else:
+        recipe, every = paper["short_retrain_others"], 10
+        rate = recipe["lr"]["resnet18" if model == "resnet18" else "mobilenets"]
+    expected = [rate * 0.1 ** (e // every) for e in range(recipe["epochs"])]
+    np.testing.assert_allclose(rates(config), expected, rtol=1e-5)
+    assert config.quant.static_batches == 5
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("model=resnet20", "model=resnet20: give one of resnet18"),
+        ("recipe=medium", "recipe=medium: give scratch, short or long"),
+        ("bits=4,scaling=both", "scaling=both: give dynamic or static"),
+        ("bit=4", "cannot read 'bit=4'"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(arg, message):
+    with pytest.raises(ValueError, match=message):
+        imagenet.get_config(arg)
+
+
+FAKE = ["--config.dataset.name=fake", "--config.dataset.size=32", "--config.dataset.resize=32"]
+
+
+def test_retraining_needs_weights(tmp_path, capsys):
+    config = "--config=configs/imagenet.py:model=resnet18,recipe=short,bits=4"
+    arguments = ["train", config, f"--workdir={tmp_path / 'x'}", *FAKE]
+    assert cli.main(train.run, train.__doc__, arguments) == cli.WRONG_USAGE
+    assert "pass --config.model.pretrained=FILE" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("model", ["resnet50", "mobilenet_v2", "mobilenet_v3_small"])
+def test_a_training_step_fits_together(model):
+    """Traced, not run: compiling takes minutes on a CPU."""
+    config = imagenet.get_config(f"model={model},bits=4")
+    config.model.dtype = "bfloat16"
+    normalise = Normalisation(config.dataset.mean, config.dataset.std)
+    schedule = make_schedule(config.schedule, 0.1, total_steps=100, steps_per_epoch=10)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    found, state = create_state_abstractly(config, optimizer)
+    step = make_train_step(found["graphdefs"], optimizer, normalise=normalise, schedule=schedule)
+    batch = {
+        "image": jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((4,), jnp.int32),
+    }
+    after, metrics = jax.eval_shape(step, state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert metrics["loss"].dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
+
+
+def create_state_abstractly(config, optimizer):
+    """The structure of the training state; its arrays are never made."""
+    found = {}
+
+    def make():
+        found["graphdefs"], state = create_state(build.quantised_model(config), optimizer)
+        return state
+
+    return found, jax.eval_shape(make)
