@@ -14,6 +14,7 @@ the end DIR gets result.json.
     scales       the bits of the vectors' scales                                     (table 5)
     clipping     maximum, OCTAV or the exact optimum for each vector of the weights
     order        which scale is found first, and what the codes come from
+    batch_norm   what re-estimating batch norms after quantisation gives back
     depthwise    what the layers of one input feature need: MobileNet with
                  --config.fold_batch_norm=False, since batch norms are re-estimated
 
@@ -44,6 +45,7 @@ CALIBRATORS = ("max", "entropy", "p99.9", "p99.99", "p99.999", "p99.9999", "mse"
 BITS = ("3/3U", "4/4U", "6/6U", "8/8U")
 DEPTHWISE = r".*/depthwise"
 STATIC_BATCHES = 5  # behind static thresholds
+REESTIMATION = {"": 0, ", batch norms re-estimated": 10}  # and on how many batches
 
 
 class Cell(NamedTuple):
@@ -127,6 +129,14 @@ def _order() -> Iterator[tuple[str, str, dict[str, Any]]]:
                 yield f"{notation}, weights {clipping}", name, both
 
 
+def _batch_norm() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for notation in ("3/3U", "4/4U", "2/4U/fp32/fp32", "3/3U/fp32/fp32", "4/4U/4/6"):
+        for clipping in ("max", "octav", "exact"):
+            for refit, batches in REESTIMATION.items():
+                changes = {"quant.notation": notation, "calibration.batch_norm_batches": batches}
+                yield notation, f"{clipping}{refit}", changes | _clipping(clipping, "max")
+
+
 def _depthwise() -> Iterator[tuple[str, str, dict[str, Any]]]:
     overrides = {"": (), ", depthwise 8/8U": (f"{DEPTHWISE}=8/8U",)}
     for notation in ("8/8U", "4/8U", "4/8U/fp32/fp32", "4/8U/4/6"):
@@ -134,7 +144,7 @@ def _depthwise() -> Iterator[tuple[str, str, dict[str, Any]]]:
             if notation + name == "8/8U, depthwise 8/8U":
                 continue
             for clipping in ("max", "exact"):
-                for refit, batches in (("", 0), (", batch norms re-estimated", 10)):
+                for refit, batches in REESTIMATION.items():
                     changes = {
                         "quant.notation": notation,
                         "quant.overrides": override,
@@ -151,6 +161,7 @@ TABLES = {
     "scales": _scales,
     "clipping": _vector_clipping,
     "order": _order,
+    "batch_norm": _batch_norm,
     "depthwise": _depthwise,
 }
 
