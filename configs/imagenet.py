@@ -135,6 +135,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "label_smoothing": 0.0,
             "average_decay": 0.0,  # of the parameters that are evaluated; 0: those of the last step
             "accumulate": 1,  # parts of a batch that run one after the other
+            "fsdp": 1,  # devices that share a copy of the state
             "batch_size": batch_size,
             "total_epochs": float(epochs),
             "eval_every_epochs": 1.0,

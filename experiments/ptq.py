@@ -50,7 +50,7 @@ from experiments import build, cli
 from qat_jax import data
 from qat_jax.batch_norm import fold_batch_norm, reestimate_batch_norm
 from qat_jax.training.loop import evaluate
-from qat_jax.training.sharding import DataParallel
+from qat_jax.training.sharding import Placement
 from qat_jax.training.state import create_state
 from qat_jax.training.step import Normalisation, make_eval_step
 from qat_jax.training.workdir import MetricWriter, Workdir
@@ -123,13 +123,11 @@ class Bench:
 
     def accuracy(self, model: nnx.Module) -> dict[str, float | int]:
         """What `evaluate` measures on all test images."""
-        devices = DataParallel.over_all_devices()
+        devices = Placement.over_all_devices()
         graphdefs, state = create_state(model, optax.identity())
-        eval_step = make_eval_step(
-            graphdefs, normalise=self.normalise, replicated=devices.replicated
-        )
+        eval_step = make_eval_step(graphdefs, normalise=self.normalise, placement=devices)
         batches = data.eval_batches(self.test, batch_size=self.batch_size)
-        return evaluate(eval_step, devices.replicate(state), batches, devices)
+        return evaluate(eval_step, devices.shard_state(state), batches, devices)
 
     def example(self) -> jax.Array:
         """One test image, normalised."""
@@ -178,7 +176,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         return result
 
     with cli.setup_errors():
-        DataParallel.over_all_devices().check_batch_size(config.batch_size)
+        Placement.over_all_devices().check_batch_size(config.batch_size)
         build.ptq_policy(config)  # its errors come before the minutes of loading
         bench = Bench.from_config(config)
         quantised_model = bench.quantised(config)

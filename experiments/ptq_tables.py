@@ -36,7 +36,7 @@ from ml_collections import ConfigDict
 import qat_jax as qj
 from experiments import build, cli
 from experiments.ptq import Bench, needs_training_images
-from qat_jax.training.sharding import DataParallel
+from qat_jax.training.sharding import Placement
 from qat_jax.training.workdir import Workdir
 
 logger = logging.getLogger("experiments.ptq_tables")
@@ -187,7 +187,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if (result := cli.finished(folder, settings)) is not None:
         return result
     with cli.setup_errors():
-        DataParallel.over_all_devices().check_batch_size(config.batch_size)
+        Placement.over_all_devices().check_batch_size(config.batch_size)
         todo = list(cells(tuple(config.tables)))
         settled = [_changed(config, cell) for cell in todo]
         for changed in settled:

@@ -33,7 +33,7 @@ from qat_jax import data
 from qat_jax.training.checkpoint import Checkpoints
 from qat_jax.training.loop import Plan, fit
 from qat_jax.training.optimizer import duration_in_steps, make_optimizer, make_schedule
-from qat_jax.training.sharding import DataParallel
+from qat_jax.training.sharding import Placement
 from qat_jax.training.state import count_parameters, create_state
 from qat_jax.training.step import Normalisation, make_eval_step, make_train_step
 from qat_jax.training.workdir import MetricWriter, Workdir
@@ -67,7 +67,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     with cli.setup_errors():
         # Devices
-        devices = DataParallel.over_all_devices()
+        devices = Placement.over_all_devices(config.fsdp)
         if config.batch_size % config.accumulate:
             raise ValueError(
                 f"accumulate {config.accumulate} does not divide batch_size {config.batch_size}"
@@ -108,7 +108,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
         # State and steps
         graphdefs, state = create_state(model, optimizer, averages=config.average_decay > 0)
-        state = devices.replicate(state)
+        state = devices.shard_state(state)
         train_step = make_train_step(
             graphdefs,
             optimizer,
@@ -119,9 +119,9 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             average_decay=config.average_decay,
             collect=qj.Diagnostic if config.quant.diagnostics else None,
             summarise=qj.diagnostics_by_layer,
-            replicated=devices.replicated,
+            placement=devices,
         )
-        eval_step = make_eval_step(graphdefs, normalise=normalise, replicated=devices.replicated)
+        eval_step = make_eval_step(graphdefs, normalise=normalise, placement=devices)
 
     # Fit
     with Checkpoints(folder.checkpoints_path) as checkpoints:

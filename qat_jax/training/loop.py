@@ -17,7 +17,7 @@ import numpy as np
 
 from qat_jax.training.checkpoint import Checkpoints
 from qat_jax.training.progress import ProgressBar
-from qat_jax.training.sharding import DataParallel
+from qat_jax.training.sharding import Placement
 from qat_jax.training.state import TrainState
 from qat_jax.training.step import EvalStep, TrainStep
 from qat_jax.training.workdir import MetricWriter
@@ -68,7 +68,7 @@ class Plan:
 
 
 def evaluate(
-    eval_step: EvalStep, state: TrainState, batches: Iterable[HostBatch], devices: DataParallel
+    eval_step: EvalStep, state: TrainState, batches: Iterable[HostBatch], devices: Placement
 ) -> dict[str, float | int]:
     """Loss and accuracy over a whole set, every example counted exactly once.
 
@@ -101,7 +101,7 @@ def fit(
     eval_step: EvalStep,
     train_data: Callable[[int], Iterator[HostBatch]],
     eval_data: Callable[[], Iterable[HostBatch]],
-    devices: DataParallel,
+    devices: Placement,
     plan: Plan,
     writer: MetricWriter,
     checkpoints: Checkpoints,

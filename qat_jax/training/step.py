@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from qat_jax.training.sharding import Placement
 from qat_jax.training.state import GraphDefs, TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -74,7 +75,7 @@ def make_train_step(
     average_decay: float = 0.0,
     collect: type[nnx.Variable] | None = None,
     summarise: Callable[[nnx.State], Any] = nnx.to_pure_dict,
-    replicated: jax.sharding.Sharding | None = None,
+    placement: Placement | None = None,
 ) -> TrainStep:
     """One optimiser update as a jitted function that donates its input state.
 
@@ -92,7 +93,7 @@ def make_train_step(
         collect: what the forward pass sows under this variable type (see `nnx.capture`) is
             returned as metrics["diagnostics"]; None sows nothing.
         summarise: makes a tree of scalars of what was sown.
-        replicated: the sharding of state and metrics; None leaves it to the compiler.
+        placement: where the state lives; None leaves it to the compiler.
 
     Returns:
         step(state, {"image": uint8 [B, H, W, C], "label": int32 [B]}) -> (state, metrics), metrics
@@ -108,6 +109,8 @@ def make_train_step(
     def loss_fn(
         params: Any, model_state: Any, batch: Batch
     ) -> tuple[jax.Array, tuple[Any, dict[str, Any]]]:
+        if placement is not None:
+            params = placement.gather(params)
         model = nnx.merge(graphdefs.train, params, model_state)
         image = normalise(batch["image"])
         if collect is None:
@@ -151,9 +154,11 @@ def make_train_step(
             opt_state=opt_state,
             average=average,
         )
+        if placement is not None:
+            new_state, metrics = placement.keep_state(new_state), placement.gather(metrics)
         return new_state, metrics
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=replicated)
+    return jax.jit(train_step, donate_argnums=0)
 
 
 def _scan_mean(
@@ -187,7 +192,7 @@ def make_eval_step(
     graphdefs: GraphDefs,
     *,
     normalise: Callable[[jax.Array], jax.Array],
-    replicated: jax.sharding.Sharding | None = None,
+    placement: Placement | None = None,
 ) -> EvalStep:
     """Sums over one evaluation batch, in which padding counts for nothing.
 
@@ -209,7 +214,7 @@ def make_eval_step(
             "count": mask.sum(dtype=jnp.int32),
         }
 
-    return jax.jit(eval_step, out_shardings=replicated)
+    return jax.jit(eval_step, out_shardings=placement and placement.replicated)
 
 
 def _apply(model: Any, image: jax.Array) -> jax.Array:

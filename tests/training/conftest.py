@@ -2,7 +2,7 @@ import optax
 import pytest
 from flax import nnx
 
-from qat_jax.training.sharding import DataParallel
+from qat_jax.training.sharding import Placement
 from qat_jax.training.state import create_state
 from qat_jax.training.step import Normalisation, make_eval_step, make_train_step
 from tests.training.tiny_training import Lab, TinyNet
@@ -19,7 +19,7 @@ def lab() -> Lab:
         schedule=schedule,
         normalise=normalise,
         graphdefs=graphdefs,
-        devices=DataParallel.over_all_devices(),
+        devices=Placement.over_all_devices(),
         train_step=make_train_step(graphdefs, optimizer, normalise=normalise, schedule=schedule),
         eval_step=make_eval_step(graphdefs, normalise=normalise),
     )

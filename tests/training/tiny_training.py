@@ -12,7 +12,7 @@ from flax import nnx
 
 from qat_jax.training.checkpoint import Checkpoints
 from qat_jax.training.loop import Plan, fit
-from qat_jax.training.sharding import DataParallel
+from qat_jax.training.sharding import Placement
 from qat_jax.training.state import GraphDefs, TrainState, create_state
 from qat_jax.training.step import Normalisation
 from qat_jax.training.workdir import MetricWriter, Workdir
@@ -58,7 +58,7 @@ class Lab:
     schedule: optax.Schedule
     normalise: Normalisation
     graphdefs: GraphDefs
-    devices: DataParallel
+    devices: Placement
     train_step: Callable[..., Any]
     eval_step: Callable[..., Any]
 
@@ -66,7 +66,7 @@ class Lab:
         return TinyNet(width, nnx.Rngs(0))
 
     def state(self, width: int = 4) -> TrainState:
-        return self.devices.replicate(create_state(self.model(width), self.optimizer)[1])
+        return self.devices.shard_state(create_state(self.model(width), self.optimizer)[1])
 
     def fit(self, path: Path, plan: Plan, **changes: Any) -> tuple[TrainState, dict[str, Any]]:
         folder = Workdir(path)
