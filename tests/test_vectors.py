@@ -70,7 +70,8 @@ def test_depthwise_kernels_have_vectors_through_their_window():
     channel = qj.Quantizer(qj.Int(3, narrow=True), qj.PerChannel(), qj.AbsMax())
     model = qj.quantize_model(layer, qj.Policy([qj.Rule(".*", weights=wide)]))
     layer.kernel[...] = channel(w, channel_axis=3)
-    np.testing.assert_array_equal(model(x), layer(x))
+    # Depthwise products are summed in another order where they are quantised.
+    np.testing.assert_allclose(model(x), layer(x), rtol=1e-4, atol=1e-5)
     # A scale for each element would have changed nothing.
     assert not np.allclose(layer.kernel[...], w)
 
