@@ -16,6 +16,7 @@ pwl, ste).
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from configs._machine import machine_config
 from configs._quant import quant_config
 
 
@@ -28,6 +29,9 @@ def get_config(arg: str = "") -> ConfigDict:
                 "name": "digits",
                 "data_dir": placeholder(str),  # None: the data room's default folder
                 "train_split": "train",
+                # Held out of the training images, to choose by; the test images are then looked at
+                # once, at the end.
+                "validation_split": placeholder(str),
                 "test_split": "test",
                 "augment": "none",
                 "mean": (0.5,),
@@ -54,8 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "schedule": {"name": "cosine", "warmup_percent": 5.0},
             "label_smoothing": 0.0,
             "average_decay": 0.0,  # of the parameters that are evaluated; 0: those of the last step
-            "accumulate": 1,  # parts of a batch that run one after the other
-            "fsdp": 1,  # devices that share a copy of the state
+            **machine_config(),
             "batch_size": 64,
             "total_epochs": 15.0,
             "eval_every_epochs": 3.0,

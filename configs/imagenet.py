@@ -53,6 +53,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from configs._machine import machine_config
 from configs._quant import quant_config
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -102,6 +103,9 @@ def get_config(arg: str = "") -> ConfigDict:
                 "name": "imagenet2012",
                 "data_dir": placeholder(str),  # None: the data room's default folder
                 "train_split": "train",
+                # Held out of the training images, to choose by; the test images are then looked at
+                # once, at the end.
+                "validation_split": placeholder(str),
                 "test_split": "validation",
                 "augment": "resized_crop_flip",
                 "size": 224,
@@ -134,8 +138,7 @@ def get_config(arg: str = "") -> ConfigDict:
             },
             "label_smoothing": 0.0,
             "average_decay": 0.0,  # of the parameters that are evaluated; 0: those of the last step
-            "accumulate": 1,  # parts of a batch that run one after the other
-            "fsdp": 1,  # devices that share a copy of the state
+            **machine_config(),
             "batch_size": batch_size,
             "total_epochs": float(epochs),
             "eval_every_epochs": 1.0,

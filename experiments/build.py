@@ -84,6 +84,17 @@ def test_source(config: ConfigDict) -> Any:
     return _prepared(_source(config, config.dataset.test_split), config)
 
 
+def validation_source(config: ConfigDict) -> Any:
+    """The held-out training examples, or None where the config holds none out.
+
+    Raises:
+        DataError: there are none.
+        ValueError: the model expects other images.
+    """
+    split = config.dataset.validation_split
+    return None if split is None else _prepared(_source(config, split), config)
+
+
 def calibration_source(config: ConfigDict) -> Any:
     """The training examples, but not augmented; raises as `test_source` does."""
     return _prepared(_source(config, config.dataset.train_split), config)

@@ -32,6 +32,7 @@ FAILED = 1
 WRONG_USAGE = 2
 SIGNAL_BASE = 128  # a shell's status of a command ended by signal n is 128 + n
 SIGINT = 2
+_PROJECT_LOGGERS = ("qat_jax", "experiments")
 
 
 class UsageError(ValueError):
@@ -239,12 +240,18 @@ def _fail(error: Exception | str, status: int) -> int:
     return status
 
 
+def speak_only_of_errors() -> None:
+    """For all processes of a run but the first: what they would say is the same."""
+    for name in _PROJECT_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def _log_to_stderr() -> None:
     """Shows this project's progress and other libraries' warnings."""
     absl.logging.set_verbosity(absl.logging.WARNING)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    for name in ("qat_jax", "experiments"):
+    for name in _PROJECT_LOGGERS:
         project_logger = logging.getLogger(name)
         project_logger.handlers = [handler]
         project_logger.setLevel(logging.INFO)

@@ -13,29 +13,38 @@ Examples:
         python -m experiments.train --config=configs/digits.py:bits=4 --workdir=runs/digits-4 \
             --config.optimizer.learning_rate=0.05
 
-The settings and what they mean are in the config file. Run the same command again to resume after
-an interruption. DIR gets config.json, metrics.jsonl, TensorBoard events, checkpoints and, once the
-run is finished, result.json.
+    Choosing by training images that are held out, the test images looked at once at the end:
+
+        … --config.dataset.train_split="train[:43000]" \
+            --config.dataset.validation_split="train[43000:]"
+
+The settings and what they mean are in the config file; several hosts are joined as docs/launch.md
+says. Run the same command again to resume after an interruption. DIR gets config.json,
+metrics.jsonl, TensorBoard events, checkpoints and, once the run is finished, result.json; with
+--config.profile also a trace of a few steps.
 """
 
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 import qat_jax as qj
 from experiments import build, cli
 from qat_jax import data
+from qat_jax.training import hosts
 from qat_jax.training.checkpoint import Checkpoints
-from qat_jax.training.loop import Plan, fit
+from qat_jax.training.loop import NON_FINITE, Plan, evaluate, fit
 from qat_jax.training.optimizer import duration_in_steps, make_optimizer, make_schedule
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import count_parameters, create_state
-from qat_jax.training.step import Normalisation, make_eval_step, make_train_step
+from qat_jax.training.step import Collected, Normalisation, make_eval_step, make_train_step
 from qat_jax.training.workdir import MetricWriter, Workdir
 
 logger = logging.getLogger("experiments.train")  # __name__ is "__main__" on the command line
@@ -60,10 +69,13 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """
     started = time.monotonic()
     cli.require(config, "dataset", "model", "quant", "optimizer", "schedule")
+    with cli.setup_errors():
+        join_hosts(config.hosts)
     settings = config.to_dict()
-    folder = Workdir(workdir)
+    folder = Workdir(workdir, writes=hosts.is_first())
     if (result := cli.finished(folder, settings)) is not None:
         return result
+    hosts.wait_for_all("everyone has seen what the folder holds")
 
     with cli.setup_errors():
         # Devices
@@ -77,6 +89,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         # Data
         train_source, augment = build.train_source(config)
         test_source = build.test_source(config)
+        validation_source = build.validation_source(config)
         normalise = Normalisation(mean=config.dataset.mean, std=config.dataset.std)
 
         # Model
@@ -117,8 +130,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             label_smoothing=config.label_smoothing,
             accumulate=config.accumulate,
             average_decay=config.average_decay,
-            collect=qj.Diagnostic if config.quant.diagnostics else None,
-            summarise=qj.diagnostics_by_layer,
+            collect=collected(config),
             placement=devices,
         )
         eval_step = make_eval_step(graphdefs, normalise=normalise, placement=devices)
@@ -134,9 +146,15 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         started -= seconds_before
         parameters = count_parameters(state.params)
 
+        part = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
+
+        def batches_of(source: Any) -> Iterator[dict[str, np.ndarray]]:
+            return data.eval_batches(source, batch_size=config.batch_size, **part)
+
         folder.begin(settings)
+        hosts.wait_for_all("the folder is begun")
         with MetricWriter(folder, resumed_at) as writer:
-            state, test_metrics = fit(
+            state, metrics = fit(
                 state,
                 train_step=train_step,
                 eval_step=eval_step,
@@ -148,29 +166,52 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                     start_step=start_step,
                     num_threads=config.dataset.num_threads,
                     num_workers=config.dataset.num_workers,
-                    shard_index=jax.process_index(),
-                    shard_count=jax.process_count(),
+                    **part,
                 ),
-                eval_data=lambda: data.eval_batches(
-                    test_source,
-                    batch_size=config.batch_size,
-                    shard_index=jax.process_index(),
-                    shard_count=jax.process_count(),
-                ),
+                eval_data=lambda: batches_of(validation_source or test_source),
                 devices=devices,
                 plan=plan,
                 writer=writer,
                 checkpoints=checkpoints,
                 seconds_before=time.monotonic() - started,
                 name=config.experiment,
+                held_out="validation" if validation_source else "test",
+                operands=tuple(qj.operand_quantizers(model)),
+                trace=workdir / "trace" if config.profile and hosts.is_first() else None,
             )
+            measured = {}
+            if validation_source:
+                measured = {f"validation_{name}": value for name, value in metrics.items()}
+                metrics = evaluate(eval_step, state, batches_of(test_source), devices)
+                if resumed_at != plan.total:  # else its line is already written
+                    writer.write(plan.total, "test", metrics)
 
     # Result
-    metrics = {f"test_{name}": value for name, value in test_metrics.items()}
-    metrics |= {"steps": plan.total, "parameters": parameters}
-    result = folder.finish(settings, metrics, wall_seconds=time.monotonic() - started)
-    logger.info("test accuracy %.2f %%: %s", 100 * metrics["test_accuracy"], folder.result_path)
+    measured |= {f"test_{name}": value for name, value in metrics.items()}
+    measured |= {"steps": plan.total, "parameters": parameters}
+    result = folder.finish(settings, measured, wall_seconds=time.monotonic() - started)
+    logger.info("test accuracy %.2f %%: %s", 100 * measured["test_accuracy"], folder.result_path)
     return result
+
+
+def join_hosts(config: ConfigDict) -> None:
+    """Meets the other processes of the run, if the config says that there are some.
+
+    Raises:
+        ValueError: they cannot be found.
+    """
+    if config.join:
+        hosts.join(config.coordinator, config.processes, config.index)
+        if not hosts.is_first():
+            cli.speak_only_of_errors()
+
+
+def collected(config: ConfigDict) -> dict[str, Collected]:
+    """What every step returns about its quantisers."""
+    collect = {NON_FINITE: Collected(qj.NonFinite, qj.captured_by_operand)}
+    if config.quant.diagnostics:
+        collect["diagnostics"] = Collected(qj.Diagnostic, qj.diagnostics_by_layer)
+    return collect
 
 
 def make_plan(config: ConfigDict, steps_per_epoch: int) -> Plan:

@@ -6,7 +6,15 @@ from qat_jax.clipping import AbsMax, Entropy, Exact, Fixed, MseSweep, Octav, Per
 from qat_jax.diagnostics import Diagnostics, diagnose, fake_quant_with_diagnostics
 from qat_jax.formats import Float, Int
 from qat_jax.granularity import PerChannel, PerTensor, PerVector
-from qat_jax.nnx import Diagnostic, diagnostics_by_layer, quantize_model, report
+from qat_jax.nnx import (
+    Diagnostic,
+    NonFinite,
+    captured_by_operand,
+    diagnostics_by_layer,
+    operand_quantizers,
+    quantize_model,
+    report,
+)
 from qat_jax.notation import Notation
 from qat_jax.ops import conv_general_dilated, dot_general, einsum
 from qat_jax.policy import Policy, Rule, preset, uniform_policy
@@ -28,6 +36,7 @@ __all__ = [
     "Int",
     "IntScale",
     "MseSweep",
+    "NonFinite",
     "Notation",
     "Octav",
     "PerChannel",
@@ -40,6 +49,7 @@ __all__ = [
     "Rule",
     "Storage",
     "calibrate",
+    "captured_by_operand",
     "conv_general_dilated",
     "dequantize",
     "diagnose",
@@ -52,6 +62,7 @@ __all__ = [
     "load_thresholds",
     "model_storage",
     "octav",
+    "operand_quantizers",
     "operand_storage",
     "preset",
     "quantize",

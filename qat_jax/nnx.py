@@ -35,6 +35,13 @@ class Candidate(nnx.Variable):
     """
 
 
+class NonFinite(nnx.Variable):
+    """The type under which quantisers sow how many groups of their operand are not finite.
+
+    Found from thresholds, it costs no look at the operand itself.
+    """
+
+
 class Codes(nnx.Variable):
     """The type under which quantisers sow their operand as a `QTensor`."""
 
@@ -63,12 +70,18 @@ class OperandQuantizer(nnx.Module):
         if _captures(self, Candidate):
             self.sow(Candidate, "candidates", self.quantizer.threshold(x, **axes))
             return x
-        frozen = None if self.threshold is None else self.threshold.get_value()
+        if self.threshold is None:
+            threshold = seen = self.quantizer.threshold(x, **axes)
+        else:
+            threshold, seen = self.threshold.get_value(), x  # frozen, they say nothing about x
+        if _captures(self, NonFinite):
+            self.sow(NonFinite, "non_finite", jnp.sum(~jnp.isfinite(seen), dtype=jnp.float32))
+        axes["threshold"] = threshold
         if _captures(self, Codes):
-            self.sow(Codes, "codes", quantize(x, self.quantizer, **axes, threshold=frozen))
+            self.sow(Codes, "codes", quantize(x, self.quantizer, **axes))
         if not _captures(self, Diagnostic):
-            return fake_quant(x, self.quantizer, **axes, threshold=frozen)
-        x, diagnostics = fake_quant_with_diagnostics(x, self.quantizer, **axes, threshold=frozen)
+            return fake_quant(x, self.quantizer, **axes)
+        x, diagnostics = fake_quant_with_diagnostics(x, self.quantizer, **axes)
         self.sow(Diagnostic, "diagnostics", diagnostics)
         return x
 

@@ -9,20 +9,28 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from qat_jax.training.checkpoint import Checkpoints
+from qat_jax.training.compilation import compile_ahead
+from qat_jax.training.hosts import Largest
 from qat_jax.training.progress import ProgressBar
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import TrainState
 from qat_jax.training.step import EvalStep, TrainStep
+from qat_jax.training.trace import StepTrace
 from qat_jax.training.workdir import MetricWriter
 
 HostBatch = dict[str, np.ndarray]
+
+# The metric with the non-finite groups of every operand (see `qat_jax.NonFinite`), which is there
+# to explain a failure and is not written.
+NON_FINITE = "non_finite"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -107,49 +115,63 @@ def fit(
     checkpoints: Checkpoints,
     seconds_before: float = 0.0,
     name: str = "train",
+    held_out: str = "test",
+    operands: Sequence[str] = (),
+    trace: Path | None = None,
 ) -> tuple[TrainState, dict[str, float | int]]:
     """Trains from `state.step` to `plan.total`.
 
     A new run is evaluated once before the first step, so that the first line of the metrics says
-    where it started.
+    where it started. The step is compiled ahead, and what memory it takes is said before it runs.
+
+    Of several processes each calls this with its own part of the data; they stop together when one
+    of them is asked to.
 
     Args:
         state: where to start; its memory is given to the states that follow.
-        train_step: from `make_train_step`.
+        train_step: from `make_train_step`; what it collects as `NON_FINITE` explains failures.
         eval_step: from `make_eval_step`.
         train_data: the endless training batches from a given step on; closed at the end
             where it has `close`.
-        eval_data: one pass over the test set.
+        eval_data: one pass over the examples to evaluate on.
         devices: where state and batches live.
         plan: how long and how often.
         writer: where metrics go.
         checkpoints: where states go.
         seconds_before: time earlier parts of this run took.
         name: shown beside the progress bar.
+        held_out: what the examples of `eval_data` are called.
+        operands: the names of `NON_FINITE` in the order in which they are computed.
+        trace: the folder to record a few steps in.
 
     Returns:
         The last state and the last evaluation's metrics.
 
     Raises:
         NonFiniteLossError: the loss of a step is NaN or infinite.
-        Interrupted: SIGINT or SIGTERM came; the state is saved first.
+        Interrupted: SIGINT or SIGTERM came to any process; the state is saved first.
     """
     started = time.monotonic() - seconds_before
     step = int(state.step)
     saved_step = step if step else None
-    previous: tuple[int, Any] | None = None
+    previous: tuple[int, dict[str, Any]] | None = None
     tested: dict[str, float | int] | None = None
+    compiled: Callable[..., Any] | None = None
+    stopped_by = 0
 
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(ProgressBar(name, plan.total, step))
+        tracer = stack.enter_context(StepTrace(trace))
         stop = stack.enter_context(stop_signals())
+        asked_to_stop = Largest(devices)
 
         def test() -> dict[str, float | int]:
             metrics = evaluate(eval_step, state, eval_data(), devices)
-            writer.write(step, "test", metrics)
+            writer.write(step, held_out, metrics)
             progress.message(
-                f"{name}: step {step}/{plan.total}  test accuracy {metrics['accuracy']:.2%}  "
-                f"loss {metrics['loss']:.4f}  ({metrics['count']} examples)"
+                f"{name}: step {step}/{plan.total}  {held_out} accuracy "
+                f"{metrics['accuracy']:.2%}  loss {metrics['loss']:.4f}  "
+                f"({metrics['count']} examples)"
             )
             return metrics
 
@@ -157,19 +179,29 @@ def fit(
             checkpoints.save(state, seconds=time.monotonic() - started)
             return step
 
+        def check(step: int, metrics: dict[str, Any]) -> None:
+            _check_finite(step, metrics, operands, checkpointed=saved_step)
+
         if step == 0:
             tested = test()
         batches = train_data(step)
         if hasattr(batches, "close"):  # Grain's iterators stop their reading threads.
             stack.callback(batches.close)
-        while step < plan.total and stop.signal_number is None:
-            state, metrics = train_step(state, devices.shard_batch(next(batches)))
+        while step < plan.total and not (stopped_by := asked_to_stop(stop.signal_number or 0)):
+            batch = devices.shard_batch(next(batches))
+            if compiled is None:
+                compiled, memory = compile_ahead(train_step, state, batch)
+                progress.message(f"{name}: {memory}")
+            tracer.before_step()
+            state, metrics = compiled(state, batch)
             step += 1
             # Looking one step back keeps a step queued on the device while the host waits.
             if previous is not None:
-                _check_finite(*previous, checkpointed=saved_step)
-            previous = (step, metrics["loss"])
+                check(*previous)
+            previous = (step, metrics)
             progress.advance()
+            if (traced := tracer.after_step(metrics)) is not None:
+                progress.message(f"{name}: a trace is in {traced}")
 
             is_last = step == plan.total
             logs, tests, saves = (
@@ -177,36 +209,42 @@ def fit(
                 for every in (plan.log_every, plan.eval_every, plan.checkpoint_every)
             )
             if logs or tests or saves:
-                _check_finite(*previous, checkpointed=saved_step)
+                check(*previous)
             if logs:
-                metrics = jax.device_get(metrics)
-                writer.write(step, "train", metrics)
-                progress.note(f"loss {metrics['loss']:.4f}")
+                written = jax.device_get({k: v for k, v in metrics.items() if k != NON_FINITE})
+                writer.write(step, "train", written)
+                progress.note(f"loss {written['loss']:.4f}")
             if tests:
                 tested = test()
             if saves:
                 saved_step = save()
 
-        if stop.signal_number is not None and step < plan.total:
+        if stopped_by and step < plan.total:
             if previous is not None:
-                _check_finite(*previous, checkpointed=saved_step)
+                check(*previous)
                 if saved_step != step:
                     save()
-            raise Interrupted(stop.signal_number, step)
+            raise Interrupted(stopped_by, step)
 
         if tested is None:  # Resumed after the last step, whose line is already written.
             tested = evaluate(eval_step, state, eval_data(), devices)
     return state, tested
 
 
-def _check_finite(step: int, loss: jax.Array, *, checkpointed: int | None) -> None:
-    value = float(loss)
-    if not math.isfinite(value):
-        kept = f"; the state of step {checkpointed} is saved" if checkpointed else ""
-        raise NonFiniteLossError(
-            f"the loss is {value} at step {step}: lower optimizer.learning_rate or lengthen the "
-            f"warm-up, and start in another --workdir{kept}"
-        )
+def _check_finite(
+    step: int, metrics: dict[str, Any], operands: Sequence[str], *, checkpointed: int | None
+) -> None:
+    value = float(metrics["loss"])
+    if math.isfinite(value):
+        return
+    counts = jax.device_get(metrics.get(NON_FINITE, {}))
+    first = next((name for name in operands if counts.get(name, 0) > 0), None)
+    where = f", and first in the operand {first}" if first else ""
+    kept = f"; the state of step {checkpointed} is saved" if checkpointed else ""
+    raise NonFiniteLossError(
+        f"the loss is {value} at step {step}{where}: lower optimizer.learning_rate or lengthen "
+        f"the warm-up, and start in another --workdir{kept}"
+    )
 
 
 @dataclasses.dataclass

@@ -14,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from qat_jax.training.hosts import is_first
+
 logger = logging.getLogger(__name__)
 
 
@@ -35,7 +37,7 @@ class ProgressBar:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
+            disable=not (sys.stderr.isatty() and is_first()),
         )
         self._task = self._bar.add_task(name, total=total, completed=completed, note="")
 

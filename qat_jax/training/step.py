@@ -6,7 +6,8 @@ memory to its output state.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,18 @@ from qat_jax.training.state import GraphDefs, TrainState
 Batch = Mapping[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 EvalStep = Callable[[TrainState, Batch], dict[str, jax.Array]]
+
+
+class Collected(NamedTuple):
+    """Something that modules sow and a step returns.
+
+    Attributes:
+        type: what it is sown under (see `nnx.capture`).
+        summarise: makes a tree of scalars of all that was sown.
+    """
+
+    type: type[nnx.Variable]
+    summarise: Callable[[nnx.State], Any] = nnx.to_pure_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +86,7 @@ def make_train_step(
     label_smoothing: float = 0.0,
     accumulate: int = 1,
     average_decay: float = 0.0,
-    collect: type[nnx.Variable] | None = None,
-    summarise: Callable[[nnx.State], Any] = nnx.to_pure_dict,
+    collect: Mapping[str, Collected] | None = None,
     placement: Placement | None = None,
 ) -> TrainStep:
     """One optimiser update as a jitted function that donates its input state.
@@ -90,15 +102,13 @@ def make_train_step(
             dynamic thresholds see a part at a time.
         average_decay: the share of the old in the moving average of the parameters, of a state
             that keeps one.
-        collect: what the forward pass sows under this variable type (see `nnx.capture`) is
-            returned as metrics["diagnostics"]; None sows nothing.
-        summarise: makes a tree of scalars of what was sown.
+        collect: what to return, by name among the metrics, of what the forward pass sows.
         placement: where the state lives; None leaves it to the compiler.
 
     Returns:
         step(state, {"image": uint8 [B, H, W, C], "label": int32 [B]}) -> (state, metrics), metrics
-        being float32 scalars `loss`, `accuracy`, `grad_norm`, `learning_rate`, and `diagnostics`
-        if there is something to collect, means over the parts.
+        being float32 scalars `loss`, `accuracy`, `grad_norm`, `learning_rate`, and what is
+        collected, means over the parts.
 
     Raises:
         ValueError: `accumulate` is not positive; when tracing, if the parts are unequal.
@@ -113,11 +123,7 @@ def make_train_step(
             params = placement.gather(params)
         model = nnx.merge(graphdefs.train, params, model_state)
         image = normalise(batch["image"])
-        if collect is None:
-            logits, sown = _apply(model, image), {}
-        else:
-            logits, captured = nnx.capture(model, collect)(image)
-            sown = {"diagnostics": summarise(captured)}
+        logits, sown = _apply(model, image, collect or {})
         loss = cross_entropy(logits, batch["label"], label_smoothing).mean()
         accuracy = jnp.mean(logits.argmax(-1) == batch["label"])
         new_model_state = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
@@ -203,7 +209,7 @@ def make_eval_step(
 
     def eval_step(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
         model = nnx.merge(graphdefs.evaluation, state.evaluated_params, state.model_state)
-        logits = _apply(model, normalise(batch["image"]))
+        logits, _ = _apply(model, normalise(batch["image"]))
         mask = batch["mask"]
         # `where`, not a product: what a padded example gives may be NaN.
         loss = jnp.where(mask, cross_entropy(logits, batch["label"]), 0.0)
@@ -217,6 +223,13 @@ def make_eval_step(
     return jax.jit(eval_step, out_shardings=placement and placement.replicated)
 
 
-def _apply(model: Any, image: jax.Array) -> jax.Array:
-    """A forward pass in which nothing is sown: what is sown would become part of the state."""
-    return nnx.capture(model)(image)
+def _apply(
+    model: Any, image: jax.Array, collect: Mapping[str, Collected] = MappingProxyType({})
+) -> tuple[jax.Array, dict[str, Any]]:
+    """A forward pass and what was collected; sown outside a capture, it would become state."""
+    output = nnx.capture(model, *(collected.type for collected in collect.values()))(image)
+    if not collect:
+        return output, {}
+    logits, *states = output
+    named = zip(collect.items(), states, strict=True)
+    return logits, {name: collected.summarise(state) for (name, collected), state in named}

@@ -23,6 +23,9 @@ from tensorboardX import SummaryWriter
 
 PACKAGES = ("qat_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
+# Settings that a run may change when it goes on, since its result does not depend on them.
+MAY_CHANGE = ("fsdp", "hosts", "profile")
+
 
 class WorkdirError(ValueError):
     """A run folder cannot be used; the message says why and what to do."""
@@ -43,10 +46,12 @@ class Workdir:
 
     Args:
         path: the folder; `begin` makes it.
+        writes: whether this process writes; the other processes of a run only read.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, writes: bool = True):
         self.path = Path(path)
+        self.writes = writes
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.result_path = self.path / "result.json"
@@ -71,7 +76,11 @@ class Workdir:
                     f"{self.path} holds files but no run: choose a new or empty --workdir"
                 )
             return Status.NEW
-        difference = _first_difference(_read_json(self.config_path), _as_json(config))
+        there, here = (
+            {key: value for key, value in settings.items() if key not in MAY_CHANGE}
+            for settings in (_read_json(self.config_path), _as_json(config))
+        )
+        difference = _first_difference(there, here)
         if difference:
             raise WorkdirError(
                 f"{self.path} holds a run of other settings ({difference}): "
@@ -81,6 +90,8 @@ class Workdir:
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Makes the folder and writes config.json."""
+        if not self.writes:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         _write_json(self.config_path, _as_json(config))
 
@@ -105,7 +116,8 @@ class Workdir:
             "wall_seconds": round(wall_seconds, 3),
             "metrics": dict(metrics),
         }
-        _write_json(self.result_path, result)
+        if self.writes:
+            _write_json(self.result_path, result)
         return result
 
     def result(self) -> dict[str, Any]:
@@ -123,6 +135,9 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Workdir, step: int | None):
+        self._file, self._events = None, None
+        if not workdir.writes:
+            return
         drop_lines_after(workdir.metrics_path, -1 if step is None else step)
         self._file = workdir.metrics_path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(workdir.path), purge_step=0 if step is None else step + 1)
@@ -136,8 +151,9 @@ class MetricWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
-        self._events.close()
+        if self._file is not None and self._events is not None:
+            self._file.close()
+            self._events.close()
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         """Writes one line and flushes it.
@@ -147,6 +163,8 @@ class MetricWriter:
             split: "train", "test", ….
             metrics: a tree of scalars; nested names are joined by "/".
         """
+        if self._file is None or self._events is None:
+            return
         values = flatten(metrics)
         line = {"step": step, "split": split, **values}
         self._file.write(json.dumps(_as_json(line)) + "\n")

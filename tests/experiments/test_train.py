@@ -56,6 +56,21 @@ def test_a_run_learns_digits_and_leaves_its_record(finished):
     assert list(finished.glob("events.*"))
 
 
+def test_held_out_images_are_looked_at_in_training_and_test_images_once(tmp_path):
+    changes = [
+        "--config.dataset.train_split=train[:1200]",
+        "--config.dataset.validation_split=train[1200:]",
+        "--config.total_epochs=1",
+    ]
+    assert main(tmp_path / "run", *changes) == 0
+    tested = [line for line in lines(tmp_path / "run") if line["split"] != "train"]
+    assert [line["split"] for line in tested] == ["validation", "validation", "test"]
+    metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    assert (metrics["validation_count"], metrics["test_count"]) == (237, 360)
+    assert metrics["validation_accuracy"] == tested[1]["accuracy"]
+    assert metrics["test_accuracy"] == tested[2]["accuracy"]
+
+
 def test_a_finished_run_is_not_repeated(finished, capsys):
     before = contents(finished)
     assert main(finished) == 0

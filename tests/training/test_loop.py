@@ -3,11 +3,15 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qat_jax as qj
 from qat_jax.training.checkpoint import Checkpoints
-from qat_jax.training.loop import Interrupted, NonFiniteLossError, Plan
+from qat_jax.training.loop import NON_FINITE, Interrupted, NonFiniteLossError, Plan
+from qat_jax.training.state import create_state
+from qat_jax.training.step import Collected, make_eval_step, make_train_step
 from tests.training.tiny_training import eval_data, train_data
 
 PLAN = Plan(total=7, eval_every=3, checkpoint_every=2, log_every=1)
@@ -101,15 +105,51 @@ def test_a_run_whose_last_step_is_saved_is_only_evaluated_again(lab, tmp_path):
 
 @pytest.mark.parametrize(("log_every", "bad"), [(1, 3), (100, 3), (100, 4)])
 def test_a_non_finite_loss_ends_the_run_and_is_never_saved(lab, tmp_path, log_every, bad):
+    @jax.jit
     def exploding(state, batch):
         state, metrics = lab.train_step(state, batch)
-        loss = metrics["loss"] * (np.nan if int(state.step) == bad else 1)
+        loss = jnp.where(state.step == bad, jnp.nan, metrics["loss"])
         return state, metrics | {"loss": loss}
 
     plan = Plan(total=7, eval_every=100, checkpoint_every=2, log_every=log_every)
     with pytest.raises(NonFiniteLossError, match=rf"nan at step {bad}: lower optimizer"):
         lab.fit(tmp_path, plan, train_step=exploding)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_non_finite_loss_names_the_operand_that_saw_it_first(lab, tmp_path):
+    """A kernel becomes infinite; what comes after it is not finite either."""
+    model = qj.quantize_model(lab.model(), qj.uniform_policy(4, 4, edge_bits=4))
+    graphdefs, _ = create_state(model, lab.optimizer)
+    step = make_train_step(
+        graphdefs,
+        lab.optimizer,
+        normalise=lab.normalise,
+        schedule=lab.schedule,
+        collect={NON_FINITE: Collected(qj.NonFinite, qj.captured_by_operand)},
+    )
+    state = create_state(model, lab.optimizer)[1]
+    state.params["linear"]["kernel"] = state.params["linear"]["kernel"].at[0, 0].set(jnp.inf)
+    operands = tuple(qj.operand_quantizers(model))
+    assert operands[-1] == "linear/weights"
+    with pytest.raises(NonFiniteLossError, match="nan at step 1, and first in the operand linear/weights:"):
+        lab.fit(
+            tmp_path,
+            PLAN,
+            state=state,
+            train_step=step,
+            eval_step=make_eval_step(graphdefs, normalise=lab.normalise),
+            operands=operands,
+        )
+
+
+def test_memory_is_said_and_steps_are_traced(lab, tmp_path, caplog):
+    caplog.set_level("INFO")
+    plan = Plan(total=12, eval_every=12, checkpoint_every=12, log_every=12)
+    lab.fit(tmp_path, plan, trace=tmp_path / "trace")
+    assert "memory of a step on each device" in caplog.text
+    assert f"a trace is in {tmp_path / 'trace'}" in caplog.text
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
 def test_a_plan_of_no_steps_is_refused():

@@ -10,6 +10,7 @@ from qat_jax.training.checkpoint import Checkpoints
 from qat_jax.training.loop import evaluate
 from qat_jax.training.state import create_state, restore_model
 from qat_jax.training.step import (
+    Collected,
     Normalisation,
     cross_entropy,
     make_eval_step,
@@ -130,7 +131,7 @@ def test_what_the_model_sows_is_collected_on_request(lab):
         lab.optimizer,
         normalise=lab.normalise,
         schedule=lab.schedule,
-        collect=nnx.Intermediate,
+        collect={"diagnostics": Collected(nnx.Intermediate)},
     )
     structure = jax.tree.structure(lab.state())
     state, metrics = step(lab.state(), examples(0, 8))

@@ -71,8 +71,9 @@ class Lab:
     def fit(self, path: Path, plan: Plan, **changes: Any) -> tuple[TrainState, dict[str, Any]]:
         folder = Workdir(path)
         with Checkpoints(folder.checkpoints_path) as checkpoints:
-            restored = checkpoints.restore(self.state())
-            state, _ = restored or (self.state(), 0.0)
+            fresh = changes.pop("state", None) or self.state()
+            restored = checkpoints.restore(fresh)
+            state, _ = restored or (fresh, 0.0)
             folder.begin({})
             with MetricWriter(folder, int(state.step) if restored else None) as writer:
                 parts: dict[str, Any] = {
