@@ -10,6 +10,7 @@ results/NAME.json, which has each run's command, commit, versions, device and se
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ _PUBLISHED_SCALES = {
     "6/6U": (74.69, 75.13, 75.13, 75.74, 75.4, 75.96, 76.0),
 }
 _CALIBRATORS = ("max", "entropy", "p99.9", "p99.99", "p99.999", "p99.9999", "mse")
+BEST_PER_CHANNEL = "best per channel"
 _SCALES = ("3/4", "3/6", "4/4", "4/6", "6/4", "6/6", "fp32/fp32")
 PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
     "calibrators": {
@@ -41,7 +43,7 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         for row, values in _PUBLISHED_CALIBRATORS.items()
     },
     "vectors": {
-        row: {"V16 max": value}
+        row: {"V16 max": value, BEST_PER_CHANNEL: max(_PUBLISHED_CALIBRATORS[row])}
         for row, value in {"3/3U": 69.78, "4/4U": 75.28, "6/6U": 76.0, "8/8U": 76.15}.items()
     },
     "sizes": {
@@ -59,6 +61,18 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         row: dict(zip(_SCALES, values, strict=True)) for row, values in _PUBLISHED_SCALES.items()
     },
 }
+
+TITLES = {
+    "calibrators": "static thresholds by calibrator, one scale an output channel or layer",
+    "vectors": "vectors of 16 with floating-point scales against the best calibrator per channel",
+    "sizes": "elements of a vector, floating-point scales",
+    "scales": "bits of the scales of weights / activations, vectors of 16",
+    "clipping": "how each vector of the weights is clipped, floating-point scales",
+    "order": "which scale is found first, and what codes come from",
+    "batch_norm": "clipping of the weights, batch norms as they were or re-estimated",
+    "depthwise": "what depthwise layers need",
+}
+_TICKS = (-2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 80)
 
 
 def write(runs: Path, out: Path) -> list[Path]:
@@ -81,15 +95,33 @@ def write(runs: Path, out: Path) -> list[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     written = [out.with_suffix(".json")]
     written[0].write_text(json.dumps([_summary(result) for result in results], indent=1) + "\n")
+    per_channel = [
+        cell
+        for result in results
+        for cell in result["metrics"]["cells"]
+        if cell["table"] == "calibrators"
+    ]
     for result in results:
         metrics = result["metrics"]
         for table in dict.fromkeys(cell["table"] for cell in metrics["cells"]):
             cells = [cell for cell in metrics["cells"] if cell["table"] == table]
+            if table == "vectors":
+                cells += _best_per_channel(per_channel, {cell["row"] for cell in cells})
             stem = f"{out.name}_{table}"
             _write_csv(cells, metrics["float_accuracy"], out.with_name(f"{stem}.csv"))
             _draw(cells, metrics, result["experiment"], table, out.with_name(f"{stem}.png"))
             written += [out.with_name(f"{stem}.csv"), out.with_name(f"{stem}.png")]
     return written
+
+
+def _best_per_channel(cells: list[dict[str, Any]], rows: set[str]) -> list[dict[str, Any]]:
+    """Of each row of the calibrators' table the best cell, as a column of the vectors' table."""
+    best: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        row = cell["row"]
+        if row in rows and cell["accuracy"] > best.get(row, {"accuracy": -1})["accuracy"]:
+            best[row] = cell
+    return [cell | {"table": "vectors", "column": BEST_PER_CHANNEL} for cell in best.values()]
 
 
 def _summary(result: dict[str, Any]) -> dict[str, Any]:
@@ -141,26 +173,29 @@ def _draw(
 ) -> None:
     """A line for each row over the columns: points lost against float."""
     published = PUBLISHED.get(table, {})
-    figure = Figure(figsize=(12 if published else 8, 4.5), layout="constrained")
-    axes = figure.subplots(1, 2 if published else 1, sharey=True, squeeze=False)
     found: dict[str, dict[str, float]] = {}
     for cell in cells:
         found.setdefault(cell["row"], {})[cell["column"]] = 100 * cell["accuracy"]
-    if all(len(values) == 1 for values in found.values()):  # then the rows are what is compared
+    if table == "vectors":  # there the rows are what is compared
         found, published = _transposed(found), _transposed(published)
+    figure = Figure(figsize=(13 if published else 9, 4.8), layout="constrained")
+    axes = figure.subplots(1, 2 if published else 1, sharey=True, squeeze=False)
     colours = {row: f"C{number}" for number, row in enumerate(found)}
     float_percent = 100 * metrics["float_accuracy"]
     title = f"{experiment}: {metrics['count']} images, float {float_percent:.1f} %"
     _lines(axes[0, 0], found, float_percent, title, colours)
+    error = math.sqrt(float_percent * (100 - float_percent) / metrics["count"])
+    axes[0, 0].axhspan(-error, error, color="grey", alpha=0.15, label="± 1 standard error")
     axes[0, 0].set_ylabel("points below float")
     if published:
         title = f"as published: ResNet-50, ImageNet, float {PUBLISHED_FLOAT} %"
         _lines(axes[0, 1], published, PUBLISHED_FLOAT, title, colours)
     low, high = sorted(axes[0, 0].get_ylim())  # shared by both
-    ticks = [tick for tick in (0, 1, 2, 5, 10, 20, 50) if low <= tick <= high]
+    ticks = [tick for tick in _TICKS if low <= tick <= high]
     axes[0, 0].set_yticks(ticks, labels=map(str, ticks))
     axes[0, 0].set_ylim(high, low)  # the better, the higher
-    figure.suptitle(table)
+    figure.suptitle(TITLES[table])
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -186,7 +221,6 @@ def _lines(
     axes.set_yscale("symlog", linthresh=1)
     axes.grid(alpha=0.3)
     axes.tick_params(axis="x", labelrotation=30)
-    axes.legend(fontsize=8, loc="lower left")
 
 
 def main() -> int:

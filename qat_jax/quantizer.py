@@ -54,19 +54,7 @@ class Quantizer:
         self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
     ) -> jax.Array:
         """The clipping threshold of each group of x, compact (see `Groups.reduce`)."""
-        x = jnp.asarray(x)
-        groups = self.granularity.groups(x.ndim, channel_axis, vector_axis)
-
-        def search(format: Format) -> jax.Array:
-            return groups.reduce(x, lambda x, axes: self.clipping.threshold(x, format, axes))
-
-        if groups.has_rest(x.shape) and isinstance(self.format, Int) and self.format.signed is None:
-            # Whole and shorter vectors are searched apart; the sign is that of all of x.
-            signed, unsigned = (
-                search(dataclasses.replace(self.format, signed=signed)) for signed in (True, False)
-            )
-            return jnp.where(jnp.any(x < 0), signed, unsigned)
-        return search(self.format)
+        return _threshold(jnp.asarray(x), self, _hashable(channel_axis), _hashable(vector_axis))
 
 
 @jax.tree_util.register_dataclass
@@ -125,11 +113,8 @@ def fake_quant(
       >>> fake_quant(x, Quantizer(Int(3, narrow=True)), threshold=0.75)
       Array([-0.75,  0.  ,  0.25,  0.75], dtype=float32)
     """
-    x = jnp.asarray(x)
-    threshold, groups = _grouped(x, quantizer, channel_axis, vector_axis, threshold)
-    # Only coarse scales have channels of their own, and lists cannot be looked up.
-    channels = channel_axis if isinstance(channel_axis, int | None) else tuple(channel_axis)
-    return _fake_quant_at(quantizer, groups, channels)(x, threshold)
+    axes = _hashable(channel_axis), _hashable(vector_axis)
+    return _fake_quant(jnp.asarray(x), threshold, quantizer, *axes)
 
 
 def quantize(
@@ -160,7 +145,70 @@ def quantize(
       >>> q.codes, q.scale
       (Array([-4,  0,  1,  3], dtype=int8), Array([0.25], dtype=float32))
     """
-    x = jax.lax.stop_gradient(jnp.asarray(x))
+    axes = _hashable(channel_axis), _hashable(vector_axis)
+    return _quantize(jax.lax.stop_gradient(jnp.asarray(x)), threshold, quantizer, *axes)
+
+
+def dequantize(q: QTensor) -> jax.Array:
+    """The real numbers that a quantised array stands for, in its original dtype.
+
+    Args:
+      q: codes and scales.
+
+    Returns:
+      Floating-point array of q's shape and dtype.
+    """
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    step = q.groups.expand(StoredScale(q.scale, q.coarse).step(dtype), q.shape)
+    return (q.codes.astype(dtype) * step).astype(q.dtype)
+
+
+# What follows is compiled as one where nothing else is being compiled, and once for a shape; inside
+# a transformation it leaves no trace.
+_compiled = functools.partial(
+    jax.jit, static_argnames=("quantizer", "channel_axis", "vector_axis"), inline=True
+)
+
+
+@_compiled
+def _threshold(
+    x: jax.Array, quantizer: Quantizer, channel_axis: ChannelAxis, vector_axis: VectorAxis
+) -> jax.Array:
+    groups = quantizer.granularity.groups(x.ndim, channel_axis, vector_axis)
+
+    def search(format: Format) -> jax.Array:
+        return groups.reduce(x, lambda x, axes: quantizer.clipping.threshold(x, format, axes))
+
+    format = quantizer.format
+    if groups.has_rest(x.shape) and isinstance(format, Int) and format.signed is None:
+        # Whole and shorter vectors are searched apart; the sign is that of all of x.
+        signed, unsigned = (
+            search(dataclasses.replace(format, signed=signed)) for signed in (True, False)
+        )
+        return jnp.where(jnp.any(x < 0), signed, unsigned)
+    return search(format)
+
+
+@_compiled
+def _fake_quant(
+    x: jax.Array,
+    threshold: jax.Array | None,
+    quantizer: Quantizer,
+    channel_axis: ChannelAxis,
+    vector_axis: VectorAxis,
+) -> jax.Array:
+    threshold, groups = _grouped(x, quantizer, channel_axis, vector_axis, threshold)
+    return _fake_quant_at(quantizer, groups, channel_axis)(x, threshold)
+
+
+@_compiled
+def _quantize(
+    x: jax.Array,
+    threshold: jax.Array | None,
+    quantizer: Quantizer,
+    channel_axis: ChannelAxis,
+    vector_axis: VectorAxis,
+) -> QTensor:
     threshold, groups = _grouped(x, quantizer, channel_axis, vector_axis, threshold)
     threshold = jnp.broadcast_to(threshold, groups.compact_shape(x.shape))
     # Codes cannot say that an element was not finite: its scale has to.
@@ -178,20 +226,6 @@ def quantize(
         groups=groups,
         dtype=x.dtype,
     )
-
-
-def dequantize(q: QTensor) -> jax.Array:
-    """The real numbers that a quantised array stands for, in its original dtype.
-
-    Args:
-      q: codes and scales.
-
-    Returns:
-      Floating-point array of q's shape and dtype.
-    """
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    step = q.groups.expand(StoredScale(q.scale, q.coarse).step(dtype), q.shape)
-    return (q.codes.astype(dtype) * step).astype(q.dtype)
 
 
 def _grouped(
@@ -242,3 +276,7 @@ def _fake_quant_at(
         return quantizer.format.lower(upper), upper
 
     return with_gradient(forward, bounds, quantizer.gradient)
+
+
+def _hashable(axis: ChannelAxis | VectorAxis) -> int | tuple[int, ...] | None:
+    return axis if isinstance(axis, int | None) else tuple(axis)

@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# Compiling is most of the suite's time, and LLVM's first level halves it. Set XLA_FLAGS to test
+# with others, or to nothing for XLA's own.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+
 _BESIDE_THE_PROJECT = Path(__file__).resolve().parents[2] / "shared" / "data"
 # Read once: tests of the mains point the variable at folders of their own.
 _FOLDER = Path(os.environ.get("QAT_JAX_DATA", _BESIDE_THE_PROJECT))

@@ -1,11 +1,14 @@
 import importlib
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from experiments import build, cli, train
@@ -85,23 +88,101 @@ def test_another_config_is_refused(finished, capsys):
     assert contents(finished) == before
 
 
-def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(finished, tmp_path):
+# A checkpoint appears by being renamed: the process dies when all of it is written but its name.
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from experiments import cli, train
+
+def dying(rename):
+    def renamed(source, target, *arguments, **settings):
+        if os.fspath(target).endswith("checkpoints/22"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(source, target, *arguments, **settings)
+    return renamed
+
+os.rename, os.replace = dying(os.rename), dying(os.replace)
+cli.main(train.run, train.__doc__, sys.argv)
+"""
+
+
+def test_a_run_killed_while_it_saves_goes_on_as_if_nothing_had_happened(finished, tmp_path):
     workdir = tmp_path / "killed"
-    arguments = [sys.executable, "-m", "experiments.train", *command(workdir)[1:]]
-    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not (workdir / "checkpoints" / "22").exists():
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert not (workdir / "result.json").exists()
+    arguments = [sys.executable, "-c", KILLED_WHILE_SAVING, *command(workdir)[1:]]
+    done = subprocess.run(arguments, stderr=subprocess.DEVNULL, check=False)
+    assert done.returncode == -signal.SIGKILL
+    saved = [path.name for path in (workdir / "checkpoints").iterdir()]
+    assert "11" in saved
+    assert "22" not in saved
+    assert any(name.startswith("22.") for name in saved)
 
     assert main(workdir) == 0
     assert lines(workdir) == lines(finished)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["55", "66"]
+
+
+def test_two_processes_train_like_one_though_killed_and_stopped(finished, tmp_path):
+    workdir = tmp_path / "two"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def start():
+        hosts = [
+            "--config.hosts.join",
+            f"--config.hosts.coordinator=localhost:{port}",
+            "--config.hosts.processes=2",
+        ]
+        arguments = [sys.executable, "-m", "experiments.train", *command(workdir)[1:], *hosts]
+        return [
+            subprocess.Popen(
+                [*arguments, f"--config.hosts.index={index}"], stderr=subprocess.PIPE, text=True
+            )
+            for index in range(2)
+        ]
+
+    def saved(step, processes):
+        deadline = time.monotonic() + 180
+        while not (workdir / "checkpoints" / str(step)).exists():
+            assert all(process.poll() is None for process in processes)
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    processes = start()
+    saved(11, processes)
+    for process in processes:  # a cluster ends the rest of a job that lost a process
+        process.kill()
+    for process in processes:
+        process.communicate()
+
+    processes = start()
+    saved(33, processes)
+    processes[1].terminate()
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2
+    stops = [re.search(r"stopped by SIGTERM at step (\d+)", text)[1] for text in said]
+    assert stops[0] == stops[1]
+    assert (workdir / "checkpoints" / stops[0]).exists()
+
+    processes = start()
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "test accuracy" in said[0]
+    assert "test accuracy" not in said[1]
+    ours, theirs = lines(workdir), lines(finished)
+    assert [(line["step"], line["split"]) for line in ours] == [
+        (line["step"], line["split"]) for line in theirs
+    ]
+    losses = ([line["loss"] for line in run[:30]] for run in (ours, theirs))
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
+@pytest.mark.parametrize("missing", ["coordinator", "processes"])
+def test_half_a_cluster_is_refused(tmp_path, capsys, missing):
+    given = {"coordinator": "localhost:1", "processes": "2", "index": "0"}
+    changes = [f"--config.hosts.{name}={value}" for name, value in given.items() if name != missing]
+    assert main(tmp_path / "run", "--config.hosts.join", *changes) == cli.WRONG_USAGE
+    assert f"hosts.{missing} is missing: give all of" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_and_activations_are_quantised_on_request(tmp_path):

@@ -132,7 +132,9 @@ def test_a_non_finite_loss_names_the_operand_that_saw_it_first(lab, tmp_path):
     state.params["linear"]["kernel"] = state.params["linear"]["kernel"].at[0, 0].set(jnp.inf)
     operands = tuple(qj.operand_quantizers(model))
     assert operands[-1] == "linear/weights"
-    with pytest.raises(NonFiniteLossError, match="nan at step 1, and first in the operand linear/weights:"):
+    with pytest.raises(
+        NonFiniteLossError, match="nan at step 1, and first in the operand linear/weights:"
+    ):
         lab.fit(
             tmp_path,
             PLAN,
