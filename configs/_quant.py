@@ -32,7 +32,8 @@ def quant_config(arg: str) -> ConfigDict:
     Example:
         >>> quant_config("bits=4,clipping=max").to_dict()
         {'activation_bits': 4, 'clipping': 'max', 'diagnostics': False, 'edge_clipping': 'max',
-         'gradient': 'mph', 'narrow': True, 'notation': '', 'static_batches': 0, 'weight_bits': 4}
+         'gradient': 'mph', 'narrow': True, 'notation': '', 'shards': 1, 'static_batches': 0,
+         'weight_bits': 4}
     """
     values = dict(DEFAULTS)
     parts = [] if arg == "float" else [part for part in arg.split(",") if part]
@@ -62,6 +63,9 @@ def quant_config(arg: str) -> ConfigDict:
             "edge_clipping": values["clipping"],  # of the first convolution and the classifier
             # Of training images behind thresholds that stay; 0: every step finds its own.
             "static_batches": _STATIC_BATCHES if values["scaling"] == "static" else 0,
+            # Parts of a batch whose activations have thresholds of their own; as many as devices
+            # save a collective in every iteration of a search.
+            "shards": 1,
             "diagnostics": False,  # SQNR, clipped share and threshold of each layer in each step
         }
     )

@@ -239,5 +239,6 @@ def quantised_model(config: ConfigDict) -> nnx.Module:
         first=first,
         last=last,
         edge_clipping=clipping(quant.edge_clipping),
+        activation_granularity=qj.PerTensor() if quant.shards == 1 else qj.PerShard(quant.shards),
     )
     return qj.quantize_model(model, policy)

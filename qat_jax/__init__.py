@@ -5,7 +5,7 @@ from qat_jax.calibration import calibrate, load_thresholds, save_thresholds
 from qat_jax.clipping import AbsMax, Entropy, Exact, Fixed, MseSweep, Octav, Percentile, octav
 from qat_jax.diagnostics import Diagnostics, diagnose, fake_quant_with_diagnostics
 from qat_jax.formats import Float, Int
-from qat_jax.granularity import PerChannel, PerTensor, PerVector
+from qat_jax.granularity import PerChannel, PerShard, PerTensor, PerVector
 from qat_jax.nnx import (
     Diagnostic,
     NonFinite,
@@ -40,6 +40,7 @@ __all__ = [
     "Notation",
     "Octav",
     "PerChannel",
+    "PerShard",
     "PerTensor",
     "PerVector",
     "Percentile",

@@ -28,10 +28,12 @@ class Groups:
       axes: the axes along which elements share a scale, ascending.
       vector_size: elements of a vector; the axes, adjacent and read in order, are cut into
         vectors of so many elements, the last one shorter. None: the axes are not cut.
+      runs: the first axis is cut into so many equal runs, which share no scale.
     """
 
     axes: tuple[int, ...]
     vector_size: int | None = None
+    runs: int = 1
 
     def reduce(
         self, x: jax.Array, reduction: Callable[[jax.Array, tuple[int, ...]], jax.Array]
@@ -48,6 +50,10 @@ class Groups:
           An array of x's rank. The reduced axes have length 1; of those cut into vectors the
           first has one entry for each vector.
         """
+        if self.runs > 1:
+            length = self._run_length(x.shape)
+            x = x.reshape(self.runs, length, *x.shape[1:])
+            return jnp.squeeze(reduction(x, (1, *(axis + 1 for axis in self.axes[1:]))), 1)
         if self.vector_size is None:
             return reduction(x, self.axes)
         first, before, after = self._split(x.shape)
@@ -76,7 +82,11 @@ class Groups:
         Returns:
           An array that broadcasts to ``shape``.
         """
-        if self.vector_size is None or scale.ndim != len(shape):
+        if scale.ndim != len(shape):
+            return scale
+        if self.runs > 1 and scale.shape[0] == self.runs:
+            return jnp.repeat(scale, self._run_length(shape), axis=0)
+        if self.vector_size is None:
             return scale
         first, before, after = self._split(scale.shape)
         count = scale.shape[first]
@@ -92,6 +102,8 @@ class Groups:
     def compact_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of one number for each group of an array of a shape."""
         compact = [1 if axis in self.axes else size for axis, size in enumerate(shape)]
+        if self.runs > 1:
+            compact[0] = self.runs
         if self.vector_size is not None:
             compact[self.axes[0]] = -(-self._length(shape) // self.vector_size)
         return tuple(compact)
@@ -102,6 +114,14 @@ class Groups:
             return False
         whole, rest = divmod(self._length(shape), self.vector_size)
         return whole > 0 and rest > 0
+
+    def _run_length(self, shape: tuple[int, ...]) -> int:
+        if shape[0] % self.runs:
+            raise ValueError(
+                f"{shape[0]} examples cannot be cut into {self.runs} equal shards: "
+                "choose a batch size that can"
+            )
+        return shape[0] // self.runs
 
     def _length(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape[axis] for axis in self.axes)
@@ -127,6 +147,30 @@ class PerTensor:
         """All axes share a scale."""
         del channel_axis, vector_axis
         return Groups(tuple(range(ndim)))
+
+
+@dataclasses.dataclass(frozen=True)
+class PerShard:
+    """One scale for each shard of a batch, for activations that are split over devices.
+
+    What devices find for themselves needs no collective, where `PerTensor` needs one in every
+    iteration of a search. The shards are counted here and not on the machine, so a network
+    computes the same on any number of devices.
+
+    Attributes:
+      count: the equal parts of the leading axis, 1 or more.
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if operator.index(self.count) < 1:
+            raise ValueError(f"a batch has at least 1 shard, not {self.count}")
+
+    def groups(self, ndim: int, channel_axis: ChannelAxis, vector_axis: VectorAxis) -> Groups:
+        """All axes share a scale, the leading one within its shard."""
+        del channel_axis, vector_axis
+        return Groups(tuple(range(ndim)), runs=self.count)
 
 
 @dataclasses.dataclass(frozen=True)

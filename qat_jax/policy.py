@@ -196,6 +196,7 @@ def uniform_policy(
     last: str | None = None,
     edge_bits: int = 8,
     edge_clipping: Clipping | None = None,
+    activation_granularity: Granularity = PerTensor(),
 ) -> Policy:
     """The same bits in all layers but the first convolution and the classifier.
 
@@ -216,6 +217,7 @@ def uniform_policy(
       last: pattern of the classifier, likewise.
       edge_bits: of weights and activations of those two.
       edge_clipping: of those two, ``clipping`` by default.
+      activation_granularity: of all activations; `PerShard` saves collectives.
 
     Returns:
       A policy that covers every layer.
@@ -229,7 +231,7 @@ def uniform_policy(
 
     def activations(bits: int, clipping: Clipping) -> Quantizer:
         format = Int(bits, signed=None, narrow=narrow)
-        return Quantizer(format, PerTensor(), clipping, activation_gradient)
+        return Quantizer(format, activation_granularity, clipping, activation_gradient)
 
     rules = []
     edge_activations = activations(edge_bits, edge_clipping)

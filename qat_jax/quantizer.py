@@ -11,7 +11,7 @@ import numpy as np
 from qat_jax.clipping import Clipping, Octav, accumulation_dtype
 from qat_jax.formats import Format, Int
 from qat_jax.gradients import GradientRule, gradient_rule, with_gradient
-from qat_jax.granularity import ChannelAxis, Granularity, Groups, PerTensor, VectorAxis
+from qat_jax.granularity import ChannelAxis, Granularity, Groups, PerShard, PerTensor, VectorAxis
 from qat_jax.scales import FloatScale, Scale, StoredScale, reciprocal
 
 
@@ -241,7 +241,9 @@ def _grouped(
         return quantizer.threshold(x, channel_axis, vector_axis), groups
     threshold = jax.lax.stop_gradient(jnp.asarray(threshold, accumulation_dtype(x)))
     threshold = jnp.expand_dims(threshold, range(x.ndim - threshold.ndim))
-    if channel_axis is None and vector_axis is None:  # then the thresholds' own shape says it
+    by_axes = not isinstance(quantizer.granularity, PerShard)  # a shard is no index of an axis
+    if by_axes and channel_axis is None and vector_axis is None:
+        # The thresholds' own shape says it.
         return threshold, Groups(tuple(a for a in range(x.ndim) if threshold.shape[a] == 1))
     return threshold, quantizer.granularity.groups(x.ndim, channel_axis, vector_axis)
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from qat_jax.formats import Float, Format, Int
-from qat_jax.granularity import Granularity, PerVector
+from qat_jax.granularity import Granularity, PerShard, PerVector
 from qat_jax.quantizer import Quantizer
 from qat_jax.scales import FloatScale, Scale
 
@@ -75,7 +75,10 @@ def _describe_format(format: Format) -> str:
 
 def _describe_granularity(granularity: Granularity) -> str:
     name = type(granularity).__name__
-    return f"{name}({granularity.size})" if isinstance(granularity, PerVector) else name
+    match granularity:
+        case PerVector(size=number) | PerShard(count=number):
+            return f"{name}({number})"
+    return name
 
 
 def _describe_scale(scale: Scale) -> list[str]:

@@ -1,10 +1,14 @@
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat_jax import PerChannel, PerTensor, PerVector
+import qat_jax as qj
+from qat_jax import PerChannel, PerShard, PerTensor, PerVector
 from tests.vsquant_reference import vectors
 
 
@@ -59,6 +63,29 @@ def test_the_reduction_sees_no_padding():
 def test_other_granularities_do_not_cut():
     assert PerTensor().groups(3, 0, 1).compact_shape((2, 3, 4)) == (1, 1, 1)
     assert PerChannel().groups(3, -1, 1).compact_shape((2, 3, 4)) == (1, 1, 4)
+
+
+def test_a_shard_is_quantised_like_a_tensor_of_its_own():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3, 5)), jnp.float32)
+    x = x * jnp.arange(1.0, 9)[:, None, None]
+    shards = qj.Quantizer(qj.Int(3), PerShard(4), qj.Octav(), "mad")
+    tensor = dataclasses.replace(shards, granularity=PerTensor())
+    assert shards.threshold(x).shape == (4, 1, 1)
+    y = shards(x)
+    np.testing.assert_allclose(
+        y, jnp.concatenate([tensor(part) for part in jnp.split(x, 4)]), rtol=1e-6
+    )
+    np.testing.assert_array_equal(qj.fake_quant(x, shards, threshold=shards.threshold(x)), y)
+    q = qj.quantize(x, shards)
+    assert q.scale.shape == (4, 1, 1)
+    np.testing.assert_array_equal(qj.dequantize(q), y)
+    gradient = jax.grad(lambda x: shards(x).sum())(x)
+    by_hand = [jax.grad(lambda x: tensor(x).sum())(part) for part in jnp.split(x, 4)]
+    np.testing.assert_allclose(gradient, jnp.concatenate(by_hand), rtol=1e-6)
+    with pytest.raises(ValueError, match="8 examples cannot be cut into 3 equal shards"):
+        qj.fake_quant(x, dataclasses.replace(shards, granularity=PerShard(3)))
+    with pytest.raises(ValueError, match="at least 1 shard, not 0"):
+        PerShard(0)
 
 
 @pytest.mark.parametrize("size", [0, 257, -1])

@@ -12,7 +12,17 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qat_jax import AbsMax, Int, Octav, PerChannel, PerTensor, Quantizer, fake_quant, octav
+from qat_jax import (
+    AbsMax,
+    Int,
+    Octav,
+    PerChannel,
+    PerShard,
+    PerTensor,
+    Quantizer,
+    fake_quant,
+    octav,
+)
 
 QUANTIZERS = [
     Quantizer(Int(4, signed=None), PerTensor(), Octav(), "mad"),
@@ -87,6 +97,12 @@ def on_eight_devices():
     travelling = re.findall(r"= \w+\[([\d,]*)\]\S* all-(?:gather|reduce)\(", program)
     assert travelling
     assert set(travelling) <= {"8", ""}
+
+    # With a threshold for each shard nothing travels at all.
+    local = Quantizer(Int(4), PerShard(8), Octav())
+    program = jax.jit(local).lower(sharded).compile().as_text()
+    assert not re.search(r"all-(?:gather|reduce)|collective-permute", program)
+    np.testing.assert_allclose(jax.jit(local)(sharded), local(jax.device_get(sharded)), rtol=1e-6)
 
 
 def test_sharded_arrays():

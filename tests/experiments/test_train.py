@@ -263,6 +263,7 @@ def test_configs_are_complete(name):
     config = module.get_config("bits=3,gradient=mad")
     assert config.quant.to_dict() == {
         "notation": "",
+        "shards": 1,
         "static_batches": 0,
         "weight_bits": 3,
         "activation_bits": 3,
