@@ -1,7 +1,10 @@
 import json
 import sys
 
+import pytest
+
 from benchmarks import train_step
+from benchmarks.collectives import Traffic, traffic
 
 
 def test_the_benchmark_runs_and_reports_ratios(tmp_path, monkeypatch, capsys):
@@ -17,3 +20,27 @@ def test_the_benchmark_runs_and_reports_ratios(tmp_path, monkeypatch, capsys):
         assert row["step_ratio_min"] <= row["step_ratio"] <= row["step_ratio_max"]
         assert row["step_seconds"] > 0
     assert "octav" in capsys.readouterr().out
+
+
+PROGRAM = """
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+%body (p: (s32[], f32[2])) -> (s32[], f32[2]) {
+  %r = f32[2]{0} all-reduce(%x), replica_groups={}, to_apply=%add
+}
+%branch (p: f32[4]) -> f32[4] {
+  %g = (bf16[4,8]{1,0}, s32[]) all-gather(%p), dimensions={0}
+}
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %w = (s32[], f32[2]) while(%t), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %s = f32[3]{0} all-reduce-start(%p), to_apply=%add
+  %c = f32[4] conditional(%i, %p), branch_computations={%branch, %branch}
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_they_run():
+    assert traffic(PROGRAM) == Traffic(5 + 1 + 2, 5 * 8 + 12 + 2 * (64 + 4))
+    with pytest.raises(ValueError, match="nobody knows how often body runs"):
+        traffic(PROGRAM.replace("known_trip_count", "unknown"))

@@ -46,18 +46,30 @@ def sums(values: Sequence[jax.Array], kept: int) -> Sequence[jax.Array]:
     """Sums of several arrays over all axes but the first ``kept``, from one pass over the data.
 
     Blocks first, then their sums: rounding errors grow with the length of a chain of additions.
+    Along the first summed axis, which is the one that devices share, all arrays are added as one,
+    so that one message tells every device all the sums.
+
+    Returns:
+      The sums, in the dtype of the first array; those of integers are exact along all other axes.
     """
     shape = values[0].shape
     first = len(shape)
     while first > kept and math.prod(shape[first - 1 :]) <= _BLOCK:
         first -= 1
-    zeros = tuple(np.zeros((), value.dtype) for value in values)
+    first = max(first, min(kept + 1, len(shape)))
 
     def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         return tuple(p + q for p, q in zip(a, b, strict=True))
 
-    blocks = lax.reduce(tuple(values), zeros, add, range(first, len(shape)))
-    return lax.reduce(blocks, zeros, add, range(kept, first))
+    zeros = tuple(np.zeros((), value.dtype) for value in values)
+    parts = tuple(values)
+    for axes in (range(first, len(shape)), range(kept + 1, first)):
+        parts = lax.reduce(parts, zeros, add, axes)
+    dtype = values[0].dtype
+    together = jnp.stack([part.astype(dtype) for part in parts], axis=-1)
+    if len(shape) > kept:
+        together = jnp.sum(together, axis=kept)
+    return [together[..., index] for index in range(len(values))]
 
 
 def largest_of(magnitude: jax.Array, axes: Sequence[int], keepdims: bool = False) -> jax.Array:

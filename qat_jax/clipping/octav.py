@@ -70,7 +70,7 @@ class Octav:
         # vary over the mesh from the start, as x does.
         start = jnp.zeros_like(jnp.sum(groups, range(x.ndim - len(axes), groups.ndim)), dtype)
         # A loop, not an unrolled chain: on the CPU it keeps XLA from recomputing x in every pass.
-        s, _ = lax.fori_loop(0, self.iterations + 1, newton, (start, start.astype(jnp.int32)))
+        s, _ = lax.fori_loop(0, self.iterations + 1, newton, (start, start))
         return s.reshape(keepdims_shape(x, axes))
 
 
@@ -107,7 +107,7 @@ def octav(
 def _tail(groups: jax.Array, s: jax.Array, format: Int) -> tuple[jax.Array, jax.Array]:
     """Sum and count of the magnitudes above s in each group, from one pass.
 
-    The count is an int32: exact, and XLA's CPU backend vectorises the pair only then.
+    Counted with int32: XLA's CPU backend vectorises the pair only then.
     """
     magnitude = format.magnitude(groups).astype(s.dtype)
     inside = magnitude <= jnp.expand_dims(s, range(s.ndim, groups.ndim))  # NaN is not

@@ -4,6 +4,7 @@ One device is the same code with a mesh of size one.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -39,14 +40,20 @@ class Placement:
         Raises:
             ValueError: groups of that size do not fill the devices.
         """
-        devices = jax.device_count()
-        if fsdp < 1 or devices % fsdp:
+        return cls.over(jax.devices(), fsdp)
+
+    @classmethod
+    def over(cls, devices: Sequence[jax.Device], fsdp: int = 1) -> "Placement":
+        """A mesh over some devices; otherwise as `over_all_devices`."""
+        count = len(devices)
+        if fsdp < 1 or count % fsdp:
             raise ValueError(
-                f"fsdp {fsdp} does not divide the {devices} devices: choose one that does"
+                f"fsdp {fsdp} does not divide the {count} devices: choose one that does"
             )
         # Auto is stated because JAX's default axis type changed between releases.
-        mesh = jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), (AxisType.Auto,) * 2)
-        return cls(mesh)
+        kinds = (AxisType.Auto,) * 2
+        shape = (count // fsdp, fsdp)
+        return cls(jax.make_mesh(shape, ("data", "fsdp"), kinds, devices=devices))
 
     @property
     def batch(self) -> NamedSharding:
