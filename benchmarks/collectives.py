@@ -1,7 +1,7 @@
 """What devices say to each other in one training step, counted from the compiled program.
 
 Usage:
-    python -m benchmarks.collectives [--out=results/NAME] [--depth=20] [--batch=128]
+    python -m benchmarks.collectives [--out=results/NAME] [--depth=20] [--batch=32]
         [--devices=1,2,4,8]
 
 Compiles whole training steps of a CIFAR ResNet for simulated devices that split the batch, and
@@ -158,7 +158,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="where to write the JSON, without a suffix")
     parser.add_argument("--depth", type=int, default=20, help="of the ResNet")
-    parser.add_argument("--batch", type=int, default=128, help="images in a step, on all devices")
+    parser.add_argument("--batch", type=int, default=32, help="images in a step, on all devices")
     parser.add_argument("--devices", default="1,2,4,8", help="how many to simulate")
     arguments = parser.parse_args()
     counts = [int(count) for count in arguments.devices.split(",")]

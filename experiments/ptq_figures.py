@@ -216,11 +216,13 @@ def _lines(
 ) -> None:
     for row, values in rows.items():
         lost = [reference - value for value in values.values()]
-        axes.plot(list(values), lost, "o-", label=row, color=colours.get(row, "black"))
+        columns = [column.replace(", ", ",\n") for column in values]
+        axes.plot(columns, lost, "o-", label=row, color=colours.get(row, "black"))
     axes.set_title(title, fontsize=10)
     axes.set_yscale("symlog", linthresh=1)
     axes.grid(alpha=0.3)
-    axes.tick_params(axis="x", labelrotation=30)
+    for label in axes.get_xticklabels():
+        label.set(rotation=30, ha="right", rotation_mode="anchor")
 
 
 def main() -> int:

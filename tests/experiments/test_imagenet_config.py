@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import imagenet
-from experiments import build, cli, train
+from experiments import build, cli, paper_rows, train
 from qat_jax.training.optimizer import duration_in_steps, make_optimizer, make_schedule
 from qat_jax.training.state import create_state
 from qat_jax.training.step import Normalisation, make_train_step
@@ -15,11 +16,16 @@ IMAGES = 1_281_167
 
 
 @pytest.fixture(scope="module")
-def paper(shared_data):
+def published(shared_data):
     path = shared_data.parent / "reference" / "octav_results.json"
     if not path.is_file():
-        pytest.skip(f"no published recipes at {path}")
-    return json.loads(path.read_text())["recipes"]
+        pytest.skip(f"no published results at {path}")
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def paper(published):
+    return published["recipes"]
 
 
 def rates(config):
@@ -132,3 +138,33 @@ def create_state_abstractly(config, optimizer):
         return state
 
     return found, jax.eval_shape(make)
+
+
+def test_every_published_row_has_a_config():
+    found = list(paper_rows.rows())
+    assert len(found) == 6 + 6 * 7 + 6 * 7 + 6 * 2
+    for row in found:
+        config = imagenet.get_config(row.argument)
+        assert config.total_epochs == paper_rows._EPOCHS[row.recipe][row.model]
+        build.clipping(config.quant.clipping)
+
+
+def test_the_page_of_published_rows_is_the_committed_one():
+    page = Path(__file__).parents[2] / "results" / "README.md"
+    assert page.read_text() == paper_rows.page() + "\n"
+
+
+def test_the_published_figures_are_the_papers(published):
+    first = published["table1_resnet50_scratch_4bit_top1"]
+    found = {row.settings: row.published for row in paper_rows.rows() if row.table == 1}
+    assert found.pop("bits=32") == first.pop("fp32")
+    assert found.pop("bits=4,clipping=max,gradient=ste") == first.pop("max")
+    assert found == {
+        f"bits=4,clipping=octav,gradient={name[6:]}": value for name, value in first.items()
+    }
+    scratch = published["table2_scratch_top1"]
+    retrained = published["table3_short_retrain_4bit_top1_and_table4_long"]
+    for model in ("resnet18", "resnet50", "resnet101", "mobilenet_v2", "mobilenet_v3_small"):
+        rows = [row for row in paper_rows.rows() if row.model == model]
+        assert [row.published for row in rows if row.table == 2] == scratch[model]
+        assert [row.published for row in rows if row.table in (3, 4)] == retrained[model]

@@ -1,0 +1,176 @@
+"""Every row of OCTAV's ImageNet tables: what was published, and the command that runs it here.
+
+Usage:
+    python -m experiments.paper_rows > results/README.md
+
+Prints a Markdown page: tables 1 to 4 of arXiv:2206.06501 with a command for each row and what it is
+expected to cost, and where the counterparts that have been run are.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# As published, top-1 in per cent.
+_TABLE_1 = {
+    "clipping=max,gradient=ste": 72.67,
+    "clipping=octav,gradient=ste": 67.75,
+    "clipping=octav,gradient=pwl": 74.31,
+    "clipping=octav,gradient=mad": 74.81,
+    "clipping=octav,gradient=mph": 75.15,
+}
+_TABLE_2_COLUMNS = tuple(
+    f"bits={bits},clipping={clipping}" for bits in (4, 6, 8) for clipping in ("octav", "max")
+)
+_TABLE_2 = {
+    "resnet50": (76.07, 75.15, 72.67, 76.07, 76.01, 76.24, 76.12),
+    "resnet18": (70.12, 69.17, 65.65, 69.78, 69.52, 70.07, 70.19),
+    "resnet101": (77.28, 76.48, 72.53, 77.30, 77.04, 77.31, 77.15),
+    "mobilenet_v2": (71.71, 70.88, 69.17, 71.64, 71.79, 71.71, 71.77),
+    "mobilenet_v3_small": (65.99, 54.68, 0.39, 65.02, 60.17, 65.98, 65.14),
+    "mobilenet_v3_large": (72.97, 65.86, 1.25, 72.12, 69.38, 72.89, 72.78),
+}
+_TABLE_3_COLUMNS = (
+    "clipping=octav",
+    "clipping=max",
+    "clipping=octav,scaling=static",
+    "clipping=mse,scaling=static",
+    "clipping=p99.9,scaling=static",
+    "clipping=p99.99,scaling=static",
+    "clipping=p99.999,scaling=static",
+)
+_TABLE_3 = {
+    "resnet50": (75.38, 71.44, 75.84, 75.85, 75.66, 75.51, 75.29),
+    "resnet18": (69.16, 65.53, 69.18, 69.28, 69.04, 69.08, 68.93),
+    "resnet101": (76.10, 70.88, 76.96, 77.01, 76.79, 76.99, 76.34),
+    "mobilenet_v2": (69.32, 66.94, 0.66, 0.93, 1.72, 2.14, 2.76),
+    "mobilenet_v3_small": (53.52, 0.10, 0.43, 0.58, 0.65, 0.10, 1.46),
+    "mobilenet_v3_large": (64.97, 39.46, 0.39, 0.30, 0.34, 0.71, 0.57),
+}
+_TABLE_4_COLUMNS = ("clipping=octav", "clipping=octav,scaling=static")
+_TABLE_4 = {
+    "resnet50": (76.21, 76.46),
+    "resnet18": (69.90, 70.13),
+    "resnet101": (76.84, 77.48),
+    "mobilenet_v2": (71.23, 1.21),
+    "mobilenet_v3_small": (58.93, 0.80),
+    "mobilenet_v3_large": (69.21, 0.60),
+}
+
+# Multiplications of a forward pass of one image of 224 pixels, in billions.
+_BILLIONS = {
+    "resnet18": 1.8,
+    "resnet50": 4.1,
+    "resnet101": 7.8,
+    "mobilenet_v2": 0.3,
+    "mobilenet_v3_small": 0.06,
+    "mobilenet_v3_large": 0.22,
+}
+_EPOCHS = {
+    "scratch": {name: 150 if "resnet" in name else 300 for name in _BILLIONS} | {"resnet101": 80},
+    "short": {name: 15 if name in ("resnet50", "resnet101") else 30 for name in _BILLIONS},
+    "long": {name: 150 if "resnet" in name else 300 for name in _BILLIONS},
+}
+_IMAGES = 1_281_167
+_OPERATIONS_A_SECOND = 1e14
+_IMAGES_A_SECOND = 5_000
+
+_HEAD = """\
+# Results
+
+What the papers published, the command that runs each row, and what has been run.
+`python -m experiments.paper_rows > results/README.md` makes this page.
+
+## What has been run
+
+Each file names its command, commit, device and seed. No accelerator and no ImageNet training set
+were at hand; the counterparts are smaller networks on fewer images.
+
+- OCTAV, tables 1 and 2. CIFAR-10, ResNet-20 retrained from its float weights for one epoch, at 3 and
+  4 bits: [`qat_cifar10_resnet20.md`](qat_cifar10_resnet20.md). Handwritten digits, ResNet-8 from
+  scratch, three seeds: [`quickstart.json`](quickstart.json).
+- OCTAV, tables 1 to 4. The same ResNet-20 for longer, down to 2 bits, choosing by held-out images:
+  [`qat_cifar10_resnet20_held_out.md`](qat_cifar10_resnet20_held_out.md).
+- VS-Quant, tables 2 to 5. CIFAR-10, pretrained ResNet-20 and ResNet-56: `ptq_resnet20_*.csv` and
+  `ptq_resnet56_*.csv`. ImageNet, 1,000 validation images, pretrained MobileNet v1 0.75:
+  `ptq_mobilenet_v1_*.csv`.
+- VS-Quant, table 9. CIFAR-10, ResNet-20 trained through 3/3U/4/6 vectors:
+  [`qat_cifar10_resnet20_vectors.md`](qat_cifar10_resnet20_vectors.md).
+- BERT, of both papers: nothing yet.
+
+## OCTAV's ImageNet rows
+
+None has been run: each needs ImageNet and the accelerator-hours in its last column. Those are
+arithmetic, not measurement: three times the forward pass's operations at a sustained 100 teraflop
+a second, or 5,000 images a second if that takes longer. What stands behind `--config=configs/imagenet.py:` is
+in the third column; every command is
+
+```
+python -m experiments.train --config=configs/imagenet.py:ARG --workdir=DIR \\
+    --config.dataset.data_dir=DIR [--config.model.pretrained=FILE.safetensors]
+```
+
+| table | published top-1, % | ARG | accelerator-hours |
+| --- | --- | --- | --- |"""
+
+
+class Row(NamedTuple):
+    """One published figure.
+
+    Attributes:
+        table: of arXiv:2206.06501.
+        published: top-1 in per cent.
+        model: a network of `configs/imagenet.py`.
+        recipe: scratch, short or long.
+        settings: the rest of the config's argument.
+    """
+
+    table: int
+    published: float
+    model: str
+    recipe: str
+    settings: str
+
+    @property
+    def argument(self) -> str:
+        """What stands behind the config's name."""
+        return f"model={self.model},recipe={self.recipe},{self.settings}"
+
+    @property
+    def hours(self) -> float:
+        """The time on one accelerator, by arithmetic."""
+        images = _IMAGES * _EPOCHS[self.recipe][self.model]
+        operations = 3 * 2e9 * _BILLIONS[self.model] * images
+        return max(operations / _OPERATIONS_A_SECOND, images / _IMAGES_A_SECOND) / 3600
+
+
+def rows() -> Iterator[Row]:
+    """Every row of tables 1 to 4."""
+    yield Row(1, _TABLE_2["resnet50"][0], "resnet50", "scratch", "bits=32")
+    for settings, value in _TABLE_1.items():
+        yield Row(1, value, "resnet50", "scratch", f"bits=4,{settings}")
+    for model, (in_float, *values) in _TABLE_2.items():
+        yield Row(2, in_float, model, "scratch", "bits=32")
+        for settings, value in zip(_TABLE_2_COLUMNS, values, strict=True):
+            yield Row(2, value, model, "scratch", settings)
+    for model, values in _TABLE_3.items():
+        for settings, value in zip(_TABLE_3_COLUMNS, values, strict=True):
+            yield Row(3, value, model, "short", f"bits=4,{settings}")
+    for model, values in _TABLE_4.items():
+        for settings, value in zip(_TABLE_4_COLUMNS, values, strict=True):
+            yield Row(4, value, model, "long", f"bits=4,{settings}")
+
+
+def page() -> str:
+    """The Markdown page."""
+    lines = [
+        f"| {row.table} | {row.published:.2f} | `{row.argument}` | {row.hours:.0f} |"
+        for row in rows()
+    ]
+    return "\n".join([_HEAD, *lines])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(__doc__)
+    print(page())
