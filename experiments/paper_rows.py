@@ -86,8 +86,8 @@ What the papers published, the command that runs each row, and what has been run
 Each file names its command, commit, device and seed. No accelerator and no ImageNet training set
 were at hand; the counterparts are smaller networks on fewer images.
 
-- OCTAV, tables 1 and 2. CIFAR-10, ResNet-20 retrained from its float weights for one epoch, at 3 and
-  4 bits: [`qat_cifar10_resnet20.md`](qat_cifar10_resnet20.md). Handwritten digits, ResNet-8 from
+- OCTAV, tables 1 and 2. CIFAR-10, ResNet-20 retrained from its float weights for one epoch, at 3
+  and 4 bits: [`qat_cifar10_resnet20.md`](qat_cifar10_resnet20.md). Handwritten digits, ResNet-8 from
   scratch, three seeds: [`quickstart.json`](quickstart.json).
 - OCTAV, tables 1 to 4. The same ResNet-20 for longer, down to 2 bits, choosing by held-out images:
   [`qat_cifar10_resnet20_held_out.md`](qat_cifar10_resnet20_held_out.md).
@@ -102,8 +102,8 @@ were at hand; the counterparts are smaller networks on fewer images.
 
 None has been run: each needs ImageNet and the accelerator-hours in its last column. Those are
 arithmetic, not measurement: three times the forward pass's operations at a sustained 100 teraflop
-a second, or 5,000 images a second if that takes longer. What stands behind `--config=configs/imagenet.py:` is
-in the third column; every command is
+a second, or 5,000 images a second if that takes longer. ARG is the argument of the config; every
+command is
 
 ```
 python -m experiments.train --config=configs/imagenet.py:ARG --workdir=DIR \\
