@@ -10,15 +10,15 @@
 Calibration images are read only where `calibration.batches` asks for them.
 
 This is the hard network: its depthwise layers have nine weights a channel, and channels of very
-different ranges. In float it classifies 78.2 % of the 1,000 images of a subset of the validation set
-(standard error 1.3). Low bits move the statistics that its batch norms expect, so what works is to
-leave those unfolded and to estimate them anew, and to keep depthwise layers at 8 bits:
+different ranges. In float it classifies 78.2 % of 1,000 images of the validation set (standard
+error 1.3). Low bits move the statistics that its batch norms expect, so what works is to leave
+those unfolded and to estimate them anew, and to keep depthwise layers at 8 bits:
 
     … :4/8U/fp32/fp32 --config.fold_batch_norm=False --config.calibration.batch_norm_batches=10 \
         --config.quant.overrides="('.*/depthwise=8/8U',)" --config.clipping.weights=exact
 
-has 77.8 %, and 29.5 % without the new estimates (results/ptq_mobilenet_v1_depthwise.csv). A run takes
-one to three minutes on two CPU cores.
+has 77.8 %, and 29.5 % without the new estimates (results/ptq_mobilenet_v1_depthwise.csv). A run
+takes one to three minutes on two CPU cores.
 
 ARG: bits as W/A/ws/as; "float".
 """
