@@ -153,11 +153,11 @@ def rows() -> Iterator[Row]:
         yield Row(2, in_float, model, "scratch", "bits=32")
         for settings, value in zip(_TABLE_2_COLUMNS, values, strict=True):
             yield Row(2, value, model, "scratch", settings)
-    for model, values in _TABLE_3.items():
-        for settings, value in zip(_TABLE_3_COLUMNS, values, strict=True):
+    for model, short in _TABLE_3.items():
+        for settings, value in zip(_TABLE_3_COLUMNS, short, strict=True):
             yield Row(3, value, model, "short", f"bits=4,{settings}")
-    for model, values in _TABLE_4.items():
-        for settings, value in zip(_TABLE_4_COLUMNS, values, strict=True):
+    for model, long in _TABLE_4.items():
+        for settings, value in zip(_TABLE_4_COLUMNS, long, strict=True):
             yield Row(4, value, model, "long", f"bits=4,{settings}")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from qat_jax.models.bert import Bert, BertForQuestionAnswering
 from qat_jax.models.mobilenet_v1 import MobileNetV1
 from qat_jax.models.mobilenet_v2 import MobileNetV2
 from qat_jax.models.mobilenet_v3 import MobileNetV3
@@ -31,6 +32,7 @@ _TORCH_VARIABLES = {
     "bias": "bias",
     "mean": "running_mean",
     "var": "running_var",
+    "embedding": "weight",
 }
 
 
@@ -44,7 +46,8 @@ class Convention:
             name of it.
         variable: from the library's name of a layer and ours of its variable to that of both.
         to_file: from a name and an array of ours to the array in a file.
-        from_file: back.
+        from_file: back, but for the shape: axes that the file has as one may still be one.
+        ignored: pattern of names in files that the model has no use for.
     """
 
     library: str
@@ -52,6 +55,8 @@ class Convention:
     variable: Callable[[str, str], str] = lambda layer, leaf: f"{layer}.{_TORCH_VARIABLES[leaf]}"
     to_file: Callable[[str, np.ndarray], np.ndarray] = _to_torch
     from_file: Callable[[str, np.ndarray], np.ndarray] = _from_torch
+    # PyTorch's batch norms count their batches; with a fixed momentum nothing reads the count.
+    ignored: str = r".*\.num_batches_tracked"
 
     def name(self, model: nnx.Module, path: tuple[Any, ...]) -> str:
         """The library's name of the variable at a path of the model.
@@ -63,7 +68,7 @@ class Convention:
         if leaf not in _TORCH_VARIABLES:
             raise ValueError(
                 f"variable {'/'.join(map(str, path))} has no PyTorch name: "
-                "load and save models of Conv, Linear and BatchNorm layers only"
+                "load and save models of this library's kinds, or of Conv, Linear and BatchNorm"
             )
         return self.variable(self.layer(model, "/".join(map(str, layer))), leaf)
 
@@ -176,6 +181,49 @@ def _from_keras(name: str, array: np.ndarray) -> np.ndarray:
     return array[0, 0] if name == "conv_preds/kernel" else array
 
 
+def _huggingface_bert(model: Bert, layer: str) -> str:
+    """`layers/0/attention/query` is `encoder.layer.0.attention.self.query`."""
+    names = {
+        "embeddings/word": "embeddings.word_embeddings",
+        "embeddings/position": "embeddings.position_embeddings",
+        "embeddings/token_type": "embeddings.token_type_embeddings",
+        "embeddings/norm": "embeddings.LayerNorm",
+        "pooler": "pooler.dense",
+        "attention/query": "attention.self.query",
+        "attention/key": "attention.self.key",
+        "attention/value": "attention.self.value",
+        "attention/out": "attention.output.dense",
+        "attention_norm": "attention.output.LayerNorm",
+        "intermediate": "intermediate.dense",
+        "output": "output.dense",
+        "output_norm": "output.LayerNorm",
+    }
+    if match := re.fullmatch(r"layers/(\d+)/(.*)", layer):
+        return f"encoder.layer.{match[1]}.{names[match[2]]}"
+    return names[layer]
+
+
+def _huggingface_question_answering(model: BertForQuestionAnswering, layer: str) -> str:
+    if layer == "answer":
+        return "qa_outputs"
+    return f"bert.{_huggingface_bert(model.bert, layer.removeprefix('bert/'))}"
+
+
+def _to_bert(name: str, array: np.ndarray) -> np.ndarray:
+    """[in…, out…] to [out, in], heads and their features as one axis; embeddings as they are."""
+    if name.endswith("bias") or "LayerNorm" in name:
+        return array.reshape(-1)
+    if "embeddings" in name:
+        return array
+    if "attention.output" in name:  # [heads, depth, out]
+        return array.reshape(-1, array.shape[-1]).T
+    return array.reshape(array.shape[0], -1).T
+
+
+def _from_bert(name: str, array: np.ndarray) -> np.ndarray:
+    return array if array.ndim == 1 or "embeddings" in name else array.T
+
+
 _TORCH = Convention("torchvision", lambda model, layer: layer.replace("/", "."))
 _AKAMASTER = Convention(
     "pytorch_resnet_cifar10", lambda model, layer: "module." + layer.replace("/", ".")
@@ -183,6 +231,12 @@ _AKAMASTER = Convention(
 _KERAS_MOBILENET_V1 = Convention(
     "keras", _keras_mobilenet_v1, _keras_variable, _to_keras, _from_keras
 )
+_BERT: dict[str, Any] = {
+    "to_file": _to_bert,
+    "from_file": _from_bert,
+    # The head of pretraining, and what a model without pooling has no layer for.
+    "ignored": r"(bert\.)?(pooler|embeddings\.position_ids|cls).*",
+}
 _CONVENTIONS: dict[type[nnx.Module], tuple[Convention, ...]] = {
     CifarResNet: (_AKAMASTER,),
     ResNet: (_TORCH, Convention("huggingface", _huggingface_resnet)),
@@ -190,6 +244,17 @@ _CONVENTIONS: dict[type[nnx.Module], tuple[Convention, ...]] = {
     MobileNetV2: (
         Convention("torchvision", _torchvision_mobilenet_v2),
         Convention("huggingface", _huggingface_mobilenet_v2),
+    ),
+    Bert: (
+        Convention("huggingface", _huggingface_bert, **_BERT),
+        Convention(
+            "huggingface, under bert",
+            lambda model, layer: f"bert.{_huggingface_bert(model, layer)}",
+            **_BERT,
+        ),
+    ),
+    BertForQuestionAnswering: (
+        Convention("huggingface", _huggingface_question_answering, **_BERT),
     ),
     MobileNetV3: (Convention("torchvision", _torchvision_mobilenet_v3),),
 }

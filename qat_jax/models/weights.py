@@ -1,5 +1,6 @@
 """Weights in and out of safetensors files under other libraries' names and layouts."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,6 @@ from qat_jax.models import conventions
 from qat_jax.models.conventions import Convention
 from qat_jax.safetensors_file import read_arrays
 
-# PyTorch's batch normalisation counts its batches; with a fixed momentum nothing reads the count.
-_IGNORED_SUFFIX = ".num_batches_tracked"
-
 
 def load_weights(model: nnx.Module, path: str | Path) -> None:
     """Replace a model's parameters and batch statistics, in place, by those of a file.
@@ -24,7 +22,7 @@ def load_weights(model: nnx.Module, path: str | Path) -> None:
     the variable they replace.
 
     Args:
-        model: a model of `Conv`, `Linear` and `BatchNorm` layers, such as `ResNet`; one made
+        model: a model of this room, or of `Conv`, `Linear` and `BatchNorm` layers; one made
             under `nnx.eval_shape` will do, and saves drawing weights that are replaced anyway.
         path: a safetensors file of floating-point arrays.
 
@@ -33,27 +31,29 @@ def load_weights(model: nnx.Module, path: str | Path) -> None:
         ValueError: it is not a safetensors file, or its names, shapes or dtypes are not exactly
             those of the model.
     """
-    arrays = {
-        name: array
-        for name, array in read_arrays(path, "weights").items()
-        if not name.endswith(_IGNORED_SUFFIX)
-    }
+    arrays = read_arrays(path, "weights")
     known = conventions.of_model(model)
     convention = max(known, key=lambda known: len(arrays.keys() & _named(model, known).keys()))
     variables = _named(model, convention)
+    arrays = {
+        name: array
+        for name, array in arrays.items()
+        if name in variables or not re.fullmatch(convention.ignored, name)
+    }
     _check_names(path, arrays, variables)
     for name, variable in variables.items():
         _check_array(path, name, arrays[name], _shape_in_file(convention, name, variable))
     for name, variable in variables.items():
-        value = convention.from_file(name, arrays[name])
-        variable.set_value(jnp.asarray(value, dtype=variable.get_value().dtype))
+        before = variable.get_value()
+        value = convention.from_file(name, arrays[name]).reshape(before.shape)
+        variable.set_value(jnp.asarray(value, dtype=before.dtype))
 
 
 def save_weights(model: nnx.Module, path: str | Path, library: str | None = None) -> None:
     """Write a model's parameters and batch statistics to a file that `load_weights` reads.
 
     Args:
-        model: a model of `Conv`, `Linear` and `BatchNorm` layers, such as `ResNet`.
+        model: a model of this room, or of `Conv`, `Linear` and `BatchNorm` layers.
         path: the safetensors file to write; an existing one is replaced.
         library: whose names and layouts; None is the first of those that the model has.
 
