@@ -32,9 +32,10 @@ from rich.table import Table
 
 import qat_jax as qj
 from qat_jax.models import CifarResNet
+from qat_jax.training.objective import Classification, Normalisation
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import create_state
-from qat_jax.training.step import Normalisation, make_train_step
+from qat_jax.training.step import make_train_step
 from qat_jax.training.workdir import git_commit, versions
 
 _COLLECTIVE = re.compile(
@@ -139,7 +140,7 @@ def step_traffic(depth: int, batch_size: int, devices: int, policy: qj.Policy | 
     step = make_train_step(
         graphdefs,
         optimizer,
-        normalise=Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        objective=Classification(Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
         schedule=schedule,
         placement=placement,
     )

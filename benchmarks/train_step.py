@@ -30,8 +30,9 @@ from rich.table import Table
 
 import qat_jax as qj
 from qat_jax.models import CifarResNet
+from qat_jax.training.objective import Classification, Normalisation
 from qat_jax.training.state import create_state
-from qat_jax.training.step import Normalisation, make_train_step
+from qat_jax.training.step import make_train_step
 from qat_jax.training.workdir import device, git_commit, versions
 
 BASELINE = "float32"
@@ -77,8 +78,8 @@ def prepare(depth: int, batch: dict[str, jax.Array], policy: qj.Policy | None) -
     schedule = optax.constant_schedule(0.01)
     optimizer = optax.sgd(schedule, momentum=0.9)
     graphdefs, state = create_state(model, optimizer)
-    normalise = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    step = make_train_step(graphdefs, optimizer, normalise=normalise, schedule=schedule)
+    objective = Classification(Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    step = make_train_step(graphdefs, optimizer, objective=objective, schedule=schedule)
     started = time.perf_counter()
     compiled = step.lower(state, batch).compile()  # type: ignore[attr-defined]
     compile_seconds = time.perf_counter() - started

@@ -1,19 +1,14 @@
-"""From a config to the things it names: images, a model, its quantisers."""
+"""From a config to the things it names: a model, its quantisers, its rules of clipping."""
 
-import itertools
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
 import qat_jax as qj
-from qat_jax import data
 from qat_jax.clipping import Clipping
-from qat_jax.data.pipeline import Augment
 from qat_jax.models import (
     CifarResNet,
     MobileNetV1,
@@ -22,10 +17,8 @@ from qat_jax.models import (
     ResNet,
     load_weights,
 )
-from qat_jax.training.step import Normalisation
 
 FLOAT_BITS = 32
-FAKE_IMAGES = 1024
 _MODELS: dict[str, Callable[..., nnx.Module]] = {
     "cifar_resnet": CifarResNet,
     "resnet": ResNet,
@@ -48,103 +41,6 @@ CLIPPINGS: dict[str, Clipping] = {
     "mse": qj.MseSweep(),
     "entropy": qj.Entropy(),
 }
-
-
-def train_source(config: ConfigDict) -> tuple[Any, Augment | None]:
-    """The training examples, at random access, and how their images are augmented.
-
-    Raises:
-        DataError: there are none.
-        ValueError: there is no such augmentation, or the model expects other images.
-    """
-    dataset = config.dataset
-    match dataset.augment:
-        case "none":
-            return _prepared(_source(config, dataset.train_split), config), None
-        case "crop_flip":
-            source = _prepared(_source(config, dataset.train_split), config)
-            return source, data.random_crop_flip
-        case "resized_crop_flip":
-            if dataset.get("size") is None:
-                raise ValueError("dataset.augment 'resized_crop_flip' needs dataset.size")
-            return _source(config, dataset.train_split), data.RandomResizedCrop(dataset.size)
-    raise ValueError(
-        f"unknown dataset.augment {dataset.augment!r}: "
-        "choose one of none, crop_flip, resized_crop_flip"
-    )
-
-
-def test_source(config: ConfigDict) -> Any:
-    """The test examples, at random access, as the model expects them.
-
-    Raises:
-        DataError: there are none.
-        ValueError: the model expects other images.
-    """
-    return _prepared(_source(config, config.dataset.test_split), config)
-
-
-def validation_source(config: ConfigDict) -> Any:
-    """The held-out training examples, or None where the config holds none out.
-
-    Raises:
-        DataError: there are none.
-        ValueError: the model expects other images.
-    """
-    split = config.dataset.validation_split
-    return None if split is None else _prepared(_source(config, split), config)
-
-
-def calibration_source(config: ConfigDict) -> Any:
-    """The training examples, but not augmented; raises as `test_source` does."""
-    return _prepared(_source(config, config.dataset.train_split), config)
-
-
-def calibration_images(
-    source: Any, normalise: Normalisation, *, batch_size: int, seed: int, count: int
-) -> Iterator[jax.Array]:
-    """The first batches of shuffled examples, normalised."""
-    batches = data.train_batches(source, batch_size=batch_size, seed=seed)
-    for batch in itertools.islice(batches, count):
-        yield normalise(jnp.asarray(batch["image"]))
-
-
-def _prepared(source: Any, config: ConfigDict) -> Any:
-    """Cropped to `dataset.size`, if the config has one."""
-    dataset = config.dataset
-    if dataset.get("size") is None:
-        return source
-    crop = data.CentreCrop(dataset.size, dataset.resize, dataset.get("tensorflow", False))
-    return data.PreparedSource(source, crop)
-
-
-def _source(config: ConfigDict, split: str) -> Any:
-    if config.dataset.name == "image_folder":
-        if config.dataset.data_dir is None or split is None:
-            raise ValueError(
-                "name the images: --config.dataset.data_dir=DIR --config.dataset.test_split=NAME, "
-                "and --config.dataset.train_split=NAME to calibrate; a folder or zip file each"
-            )
-        examples: Any = data.ImageFolder(Path(config.dataset.data_dir) / split)
-    elif config.dataset.name == "fake":
-        examples = data.FakeImages(
-            FAKE_IMAGES,
-            size=config.dataset.size,
-            channels=config.model.in_channels,
-            num_classes=config.model.num_classes,
-        )
-    else:
-        examples = data.load_source(config.dataset.name, split, config.dataset.data_dir)
-    channels = examples[0]["image"].shape[-1]
-    if config.model.in_channels != channels:
-        raise ValueError(
-            f"the images of {config.dataset.name} have {channels} channels: "
-            f"pass --config.model.in_channels={channels}"
-        )
-    for name in ("mean", "std"):
-        if len(config.dataset[name]) not in (1, channels):
-            raise ValueError(f"dataset.{name} needs one number for each of {channels} channels")
-    return examples
 
 
 def float_model(config: ConfigDict) -> nnx.Module:

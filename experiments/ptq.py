@@ -1,4 +1,4 @@
-"""Quantise a pretrained image classifier without training it, and measure what that costs.
+"""Quantise a trained network without training it further, and measure what that costs.
 
 Usage:
     python -m experiments.ptq --config=configs/NAME.py[:NOTATION] --workdir=DIR \
@@ -40,19 +40,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
 import qat_jax as qj
-from experiments import build, cli
-from qat_jax import data
+from experiments import build, cli, tasks
 from qat_jax.batch_norm import fold_batch_norm, reestimate_batch_norm
-from qat_jax.training.loop import evaluate
+from qat_jax.training.evaluation import Metrics
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import create_state
-from qat_jax.training.step import Normalisation, make_eval_step
 from qat_jax.training.workdir import MetricWriter, Workdir
 
 logger = logging.getLogger("experiments.ptq")  # __name__ is "__main__" on the command line
@@ -62,20 +59,20 @@ THRESHOLDS = "thresholds.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """A float network and the images it is measured on.
+    """A float network and the examples it is measured on.
 
     Attributes:
         model: the network, batch norms folded if the config says so.
-        test: the test images.
-        train: the training images, None where nothing needs them.
-        normalise: uint8 images to what the network expects.
-        batch_size: images a forward pass.
+        task: the kind of data.
+        test: the test examples.
+        train: the training examples, None where nothing needs them.
+        batch_size: examples a forward pass.
     """
 
     model: nnx.Module
+    task: tasks.Task
     test: Any
     train: Any
-    normalise: Normalisation
     batch_size: int
 
     @classmethod
@@ -84,21 +81,20 @@ class Bench:
 
         Raises:
             ValueError: the config asks for something that cannot be.
-            DataError: there are no such images.
+            DataError: there are no such examples.
             FileNotFoundError: there are no such weights.
         """
         if config.model.pretrained is None:
             raise ValueError(
                 "there is no model to quantise: pass --config.model.pretrained=FILE.safetensors"
             )
-        test = build.test_source(config)
-        needed = needs_training_images(config)
-        train = build.calibration_source(config) if needed else None
-        normalise = Normalisation(mean=config.dataset.mean, std=config.dataset.std)
+        task = tasks.of_config(config)
+        test = task.test_source()
+        train = task.calibration_source() if needs_training_examples(config) else None
         model = build.float_model(config)
         if config.fold_batch_norm:
-            model = fold_batch_norm(model, cls.example_of(test, normalise))
-        return cls(model, test, train, normalise, config.batch_size)
+            model = fold_batch_norm(model, *tasks.first_inputs(task, test, 1))
+        return cls(model, task, test, train, config.batch_size)
 
     def quantised(self, config: ConfigDict) -> nnx.Module:
         """The network as the config quantises it, calibrated if it says so.
@@ -112,44 +108,32 @@ class Bench:
         model = qj.quantize_model(self.model, policy)
         calibration = config.calibration
         if calibration.batches:
-            batches = self._train_images(calibration.batches, config.seed)
-            qj.calibrate(model, batches, pool=calibration.pool)
+            inputs = self._train_inputs(calibration.batches, config.seed)
+            qj.calibrate(model, inputs, pool=calibration.pool)
         else:  # weights stay as they are: one search does for all batches
-            qj.calibrate(model, [self.example()], operands=".*weights")
+            qj.calibrate(model, [self.first_inputs(1)], operands=".*weights")
         if calibration.batch_norm_batches:
-            batches = self._train_images(calibration.batch_norm_batches, config.seed)
-            reestimate_batch_norm(model, batches)
+            inputs = self._train_inputs(calibration.batch_norm_batches, config.seed)
+            reestimate_batch_norm(model, (images for (images,) in inputs))
         return model
 
-    def accuracy(self, model: nnx.Module) -> dict[str, float | int]:
-        """What `evaluate` measures on all test images."""
+    def measure(self, model: nnx.Module) -> Metrics:
+        """What the task's judge finds on all test examples."""
         devices = Placement.over_all_devices()
         graphdefs, state = create_state(model, optax.identity())
-        eval_step = make_eval_step(graphdefs, normalise=self.normalise, placement=devices)
-        batches = data.eval_batches(self.test, batch_size=self.batch_size)
-        return evaluate(eval_step, devices.shard_state(state), batches, devices)
+        return self.task.judge(graphdefs, devices)(devices.shard_state(state), self.test)
 
-    def example(self) -> jax.Array:
-        """One test image, normalised."""
-        return self.example_of(self.test, self.normalise)
+    def first_inputs(self, count: int) -> tuple[jax.Array, ...]:
+        """What the model is called with on the first test examples."""
+        return tasks.first_inputs(self.task, self.test, count)
 
-    @staticmethod
-    def example_of(test: Any, normalise: Normalisation) -> jax.Array:
-        """The first image of a source, normalised, shape (1, height, width, channels)."""
-        return normalise(jnp.asarray(test[0]["image"][None]))
-
-    def first_images(self) -> jax.Array:
-        """The first batch of test images, normalised."""
-        batch = next(iter(data.eval_batches(self.test, batch_size=self.batch_size)))
-        return self.normalise(jnp.asarray(batch["image"]))
-
-    def _train_images(self, count: int, seed: int) -> Iterator[jax.Array]:
-        return build.calibration_images(
-            self.train, self.normalise, batch_size=self.batch_size, seed=seed, count=count
+    def _train_inputs(self, count: int, seed: int) -> Iterator[tuple[jax.Array, ...]]:
+        return tasks.calibration_inputs(
+            self.task, self.train, batch_size=self.batch_size, seed=seed, count=count
         )
 
 
-def needs_training_images(config: ConfigDict) -> bool:
+def needs_training_examples(config: ConfigDict) -> bool:
     """Whether the config calibrates on anything."""
     return bool(config.calibration.batches or config.calibration.batch_norm_batches)
 
@@ -185,39 +169,41 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     with MetricWriter(folder, None) as writer:
         logger.info("%s", qj.report(quantised_model))
         metrics: dict[str, Any] = {}
-        in_float = quantised = bench.accuracy(bench.model)
+        in_float = quantised = bench.measure(bench.model)
         if quantised_model is not bench.model:
-            quantised = bench.accuracy(quantised_model)
+            quantised = bench.measure(quantised_model)
         for name, measured in [("float", in_float), ("test", quantised)]:
             writer.write(0, name, measured)
             metrics |= {f"{name}_{key}": value for key, value in measured.items()}
 
-    images = bench.first_images()
-    storage = qj.model_storage(quantised_model, images)
+    inputs = bench.first_inputs(config.batch_size)
+    storage = qj.model_storage(quantised_model, *inputs)
     metrics["model_bytes"] = storage.bytes
     metrics["bits_per_parameter"] = storage.bits_per_element
     metrics["effective_bits"] = {
         operand: round(part.bits_per_element, 4)
-        for operand, part in qj.operand_storage(quantised_model, images).items()
+        for operand, part in qj.operand_storage(quantised_model, *inputs).items()
     }
-    metrics["diagnostics"] = diagnose(quantised_model, images)
+    metrics["diagnostics"] = diagnose(quantised_model, *inputs)
     if config.calibration.batches and config.quant.notation != "float":
         qj.save_thresholds(quantised_model, workdir / THRESHOLDS)
     result = folder.finish(settings, metrics, wall_seconds=time.monotonic() - started)
+    headline = bench.task.headline
     logger.info(
-        "test accuracy %.2f %%, in float %.2f %%; %.2f bits a parameter: %s",
-        100 * metrics["test_accuracy"],
-        100 * metrics["float_accuracy"],
+        "test %s %.2f %%, in float %.2f %%; %.2f bits a parameter: %s",
+        headline,
+        100 * metrics[f"test_{headline}"],
+        100 * metrics[f"float_{headline}"],
         metrics["bits_per_parameter"],
         folder.result_path,
     )
     return result
 
 
-def diagnose(model: nnx.Module, images: jax.Array) -> dict[str, dict[str, float]]:
-    """The figures of every layer and operand on one batch of normalised images."""
+def diagnose(model: nnx.Module, *inputs: jax.Array) -> dict[str, dict[str, float]]:
+    """The figures of every layer and operand on one batch of inputs."""
     model.eval()
-    _, captured = nnx.capture(model, qj.Diagnostic)(images)
+    _, captured = nnx.capture(model, qj.Diagnostic)(*inputs)
     return {
         operand: {name: round(float(value), 4) for name, value in figures._asdict().items()}
         for operand, figures in qj.diagnostics_by_layer(captured).items()

@@ -35,7 +35,7 @@ from ml_collections import ConfigDict
 
 import qat_jax as qj
 from experiments import build, cli
-from experiments.ptq import Bench, needs_training_images
+from experiments.ptq import Bench, needs_training_examples
 from qat_jax.training.sharding import Placement
 from qat_jax.training.workdir import Workdir
 
@@ -192,8 +192,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         settled = [_changed(config, cell) for cell in todo]
         for changed in settled:
             build.ptq_policy(changed)
-        # One that needs training images, if any does, so that they are opened.
-        bench = Bench.from_config(max(settled, key=needs_training_images))
+        # One that needs training examples, if any does, so that they are opened.
+        bench = Bench.from_config(max(settled, key=needs_training_examples))
         # They are measured dozens of times: decode them once.
         bench = dataclasses.replace(bench, test=[bench.test[i] for i in range(len(bench.test))])
 
@@ -201,8 +201,9 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     log = workdir / "cells.jsonl"
     lines = log.read_text().splitlines() if log.exists() else []
     done = {(c["table"], c["row"], c["column"]): c for c in map(json.loads, lines)}
-    float_accuracy = bench.accuracy(bench.model)
-    logger.info("float: %.1f %%", 100 * float_accuracy["accuracy"])
+    in_float = bench.measure(bench.model)
+    float_accuracy = in_float[bench.task.headline]
+    logger.info("float: %.1f %%", 100 * float_accuracy)
     for number, (cell, changed) in enumerate(zip(todo, settled, strict=True), start=1):
         if cell[:3] in done:
             continue
@@ -214,8 +215,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             "%d/%d %s, %s, %s: %.1f %%", number, len(todo), *cell[:3], 100 * measured["accuracy"]
         )
     metrics = {
-        "float_accuracy": float_accuracy["accuracy"],
-        "count": float_accuracy["count"],
+        "float_accuracy": float_accuracy,
+        "count": in_float["count"],
         "cells": [done[cell[:3]] for cell in todo],
     }
     return folder.finish(settings, metrics, wall_seconds=time.monotonic() - started)
@@ -225,8 +226,8 @@ def measure(bench: Bench, config: ConfigDict) -> dict[str, Any]:
     """Accuracy in [0, 1], bits a parameter and seconds of one setting."""
     started = time.monotonic()
     model = bench.quantised(config)
-    accuracy = bench.accuracy(model)["accuracy"]
-    bits = qj.model_storage(model, bench.example()).bits_per_element
+    accuracy = bench.measure(model)[bench.task.headline]
+    bits = qj.model_storage(model, *bench.first_inputs(1)).bits_per_element
     seconds = time.monotonic() - started
     return {"accuracy": accuracy, "bits_per_parameter": bits, "seconds": round(seconds, 1)}
 

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
@@ -40,12 +39,10 @@ from rich.console import Console
 from rich.table import Table
 
 import qat_jax as qj
-from experiments import build, cli, figures, train
-from qat_jax import data
+from experiments import build, cli, figures, tasks, train
 from qat_jax.training.checkpoint import Checkpoints
 from qat_jax.training.optimizer import make_optimizer
 from qat_jax.training.state import create_state, restore_model
-from qat_jax.training.step import Normalisation
 from qat_jax.training.workdir import Workdir
 
 logger = logging.getLogger("experiments.quickstart")  # __name__ is "__main__" on the command line
@@ -180,9 +177,8 @@ def layer_input(recipe: ConfigDict, folder: Path, config: ConfigDict) -> jax.Arr
     Returns:
         float32 [images, H, W, C].
     """
-    source = build.test_source(recipe)
-    batch = next(data.eval_batches(source, batch_size=len(source)))
-    normalise = Normalisation(mean=recipe.dataset.mean, std=recipe.dataset.std)
+    task = tasks.of_config(recipe)
+    source = task.test_source()
     model = trained_model(recipe, folder)
     layer = _layer(model, config.figure_layer)
     plain = layer.conv_general_dilated
@@ -193,7 +189,7 @@ def layer_input(recipe: ConfigDict, folder: Path, config: ConfigDict) -> jax.Arr
         return plain(x, *arguments, **settings)
 
     layer.conv_general_dilated = listen
-    model(normalise(jnp.asarray(batch["image"])))
+    model(*tasks.first_inputs(task, source, len(source)))
     return seen[0]
 
 

@@ -1,4 +1,4 @@
-"""Train an image classifier, in float32 or with its weights and activations quantised.
+"""Train a network, in float32 or with its weights and activations quantised.
 
 Usage:
     python -m experiments.train --config=configs/NAME.py[:ARG] --workdir=DIR [--config.KEY=VALUE …]
@@ -27,24 +27,22 @@ metrics.jsonl, TensorBoard events, checkpoints and, once the run is finished, re
 import logging
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 import qat_jax as qj
-from experiments import build, cli
+from experiments import build, cli, tasks
 from qat_jax import data
 from qat_jax.training import hosts
 from qat_jax.training.checkpoint import Checkpoints
-from qat_jax.training.loop import NON_FINITE, Plan, evaluate, fit
+from qat_jax.training.loop import NON_FINITE, Plan, fit
 from qat_jax.training.optimizer import duration_in_steps, make_optimizer, make_schedule
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import count_parameters, create_state
-from qat_jax.training.step import Collected, Normalisation, make_eval_step, make_train_step
+from qat_jax.training.step import Collected, make_train_step
 from qat_jax.training.workdir import MetricWriter, Workdir
 
 logger = logging.getLogger("experiments.train")  # __name__ is "__main__" on the command line
@@ -87,24 +85,24 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         devices.check_batch_size(config.batch_size // config.accumulate)
 
         # Data
-        train_source, augment = build.train_source(config)
-        test_source = build.test_source(config)
-        validation_source = build.validation_source(config)
-        normalise = Normalisation(mean=config.dataset.mean, std=config.dataset.std)
+        task = tasks.of_config(config)
+        train_source, augment = task.train_source()
+        test_source = task.test_source()
+        validation_source = task.validation_source()
 
         # Model
         if config.get("retrains") and config.model.pretrained is None:
             raise ValueError("this recipe retrains a network: pass --config.model.pretrained=FILE")
         model = build.quantised_model(config)
         if config.quant.static_batches:
-            images = build.calibration_images(
-                build.calibration_source(config),
-                normalise,
+            inputs = tasks.calibration_inputs(
+                task,
+                task.calibration_source(),
                 batch_size=config.batch_size,
                 seed=config.seed,
                 count=config.quant.static_batches,
             )
-            qj.calibrate(model, images)
+            qj.calibrate(model, inputs)
 
         # Durations
         steps_per_epoch = max(len(train_source) // config.batch_size, 1)
@@ -125,15 +123,14 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         train_step = make_train_step(
             graphdefs,
             optimizer,
-            normalise=normalise,
+            objective=task.objective,
             schedule=schedule,
-            label_smoothing=config.label_smoothing,
             accumulate=config.accumulate,
             average_decay=config.average_decay,
             collect=collected(config),
             placement=devices,
         )
-        eval_step = make_eval_step(graphdefs, normalise=normalise, placement=devices)
+        judge = task.judge(graphdefs, devices)
 
     # Fit
     with Checkpoints(folder.checkpoints_path) as checkpoints:
@@ -146,29 +143,25 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         started -= seconds_before
         parameters = count_parameters(state.params)
 
-        part = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
-
-        def batches_of(source: Any) -> Iterator[dict[str, np.ndarray]]:
-            return data.eval_batches(source, batch_size=config.batch_size, **part)
-
         folder.begin(settings)
         hosts.wait_for_all("the folder is begun")
         with MetricWriter(folder, resumed_at) as writer:
             state, metrics = fit(
                 state,
                 train_step=train_step,
-                eval_step=eval_step,
                 train_data=lambda start_step: data.train_batches(
                     train_source,
                     batch_size=config.batch_size,
                     seed=config.seed,
+                    fields=task.fields,
                     augment=augment,
                     start_step=start_step,
                     num_threads=config.dataset.num_threads,
                     num_workers=config.dataset.num_workers,
-                    **part,
+                    shard_index=jax.process_index(),
+                    shard_count=jax.process_count(),
                 ),
-                eval_data=lambda: batches_of(validation_source or test_source),
+                evaluate=lambda state: judge(state, validation_source or test_source),
                 devices=devices,
                 plan=plan,
                 writer=writer,
@@ -182,7 +175,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             measured = {}
             if validation_source:
                 measured = {f"validation_{name}": value for name, value in metrics.items()}
-                metrics = evaluate(eval_step, state, batches_of(test_source), devices)
+                metrics = judge(state, test_source)
                 if resumed_at != plan.total:  # else its line is already written
                     writer.write(plan.total, "test", metrics)
 
@@ -190,7 +183,13 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     measured |= {f"test_{name}": value for name, value in metrics.items()}
     measured |= {"steps": plan.total, "parameters": parameters}
     result = folder.finish(settings, measured, wall_seconds=time.monotonic() - started)
-    logger.info("test accuracy %.2f %%: %s", 100 * measured["test_accuracy"], folder.result_path)
+    headline = f"test_{task.headline}"
+    logger.info(
+        "%s %.2f %%: %s",
+        headline.replace("_", " "),
+        100 * measured[headline],
+        folder.result_path,
+    )
     return result
 
 

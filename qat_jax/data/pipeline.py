@@ -1,6 +1,7 @@
 """Batches from random-access sources, by Grain: reproducible, resumable at any step, read ahead.
 
-Images stay uint8 until they are on the device; the jitted step normalises them.
+Fields of examples are stacked under the same names. Images stay uint8 until they are on the
+device; the jitted step normalises them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from absl import flags
 Example = dict[str, Any]
 Batch = dict[str, np.ndarray]
 Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+IMAGE_FIELDS: tuple[str, ...] = ("image", "label")
 
 # Batches that wait ready for each reading thread: enough to ride out an uneven step.
 _BUFFERED_PER_THREAD = 4
@@ -61,6 +64,7 @@ def train_batches(
     *,
     batch_size: int,
     seed: int,
+    fields: Sequence[str] = IMAGE_FIELDS,
     augment: Augment | None = None,
     start_step: int = 0,
     num_threads: int = 1,
@@ -76,10 +80,12 @@ def train_batches(
     from 0 after k batches without reading those; threads and workers change nothing but speed.
 
     Args:
-      source: examples with `image` (uint8 [H, W, C]) and `label` (an integer).
+      source: examples that have the fields: arrays of one shape each, or numbers.
       batch_size: examples in a global batch, over all shards.
       seed: 0 … 2³²-1.
-      augment: (image, generator) -> image, applied to single images; all results have one shape.
+      fields: what a batch is made of; a source may have more.
+      augment: (image, generator) -> image, applied to each example's `image`; all results have one
+        shape.
       start_step: index of the first batch.
       num_threads: threads that read ahead, in each process that reads; 0 reads on demand. More
         than one helps where reading waits (a slow disk, JPEG), not with small stored arrays.
@@ -89,8 +95,8 @@ def train_batches(
       shard_count: into how many disjoint parts it is divided: `jax.process_count()`.
 
     Returns:
-      Iterator of {"image": uint8 [b, H, W, C], "label": int32 [b]}, b = batch_size / shard_count.
-      `close()` ends its threads and workers at once.
+      Iterator of {field: [b, …]}, b = batch_size / shard_count; integers of more than 32 bits
+      become int32. `close()` ends its threads and workers at once.
 
     Raises:
       ValueError: an empty source, or a batch that does not divide into the shards.
@@ -106,7 +112,7 @@ def train_batches(
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     part = _Part(batch_size, shard_index, shard_count)
     steps = grain.MapDataset.range(start_step, sys.maxsize)
-    batches = steps.map(_ReadTraining(source, order, part, augment, seed))
+    batches = steps.map(_ReadTraining(source, order, part, tuple(fields), augment, seed))
     batches = batches.to_iter_dataset(_read_options(num_threads))
     if num_workers:
         batches = _in_workers(batches, num_workers)
@@ -117,6 +123,7 @@ def eval_batches(
     source: RandomAccessSource | Sequence[Example],
     *,
     batch_size: int,
+    fields: Sequence[str] = IMAGE_FIELDS,
     num_threads: int = 1,
     shard_index: int = 0,
     shard_count: int = 1,
@@ -128,15 +135,16 @@ def eval_batches(
     them from the batch. Every shard gives the same number of batches.
 
     Args:
-      source: examples with `image` (uint8 [H, W, C]) and `label` (an integer).
+      source: examples that have the fields.
       batch_size: examples in a global batch, over all shards.
+      fields: what a batch is made of.
       num_threads: threads that read ahead; 0 reads on demand.
       shard_index: which part of every global batch is wanted: `jax.process_index()`.
       shard_count: into how many disjoint parts it is divided: `jax.process_count()`.
 
     Returns:
-      Iterator of {"image": uint8 [b, H, W, C], "label": int32 [b], "mask": bool [b]} with
-      b = batch_size / shard_count; `mask` is True for examples, False for padding.
+      Iterator of {field: [b, …], "mask": bool [b]} with b = batch_size / shard_count; `mask` is
+      True for examples, False for padding.
 
     Raises:
       ValueError: a batch that does not divide into the shards.
@@ -148,7 +156,7 @@ def eval_batches(
     """
     part = _Part(batch_size, shard_index, shard_count)
     steps = grain.MapDataset.range(-(-len(source) // batch_size))
-    batches = steps.map(_ReadEvaluation(source, part))
+    batches = steps.map(_ReadEvaluation(source, part, tuple(fields)))
     return iter(batches.to_iter_dataset(_read_options(num_threads)))
 
 
@@ -187,6 +195,7 @@ class _ReadTraining:
     source: RandomAccessSource | Sequence[Example]
     order: Any
     part: _Part
+    fields: tuple[str, ...]
     augment: Augment | None
     seed: int
 
@@ -194,14 +203,12 @@ class _ReadTraining:
         positions = self.part.positions(step)
         # The order goes on beyond the first epoch, the indices of the source do not.
         examples = _read_examples(self.source, [self.order[position] for position in positions])
-        images = [example["image"] for example in examples]
         if self.augment is not None:
-            images = [
-                self.augment(image, _generator(self.seed, position))
-                for image, position in zip(images, positions, strict=True)
+            examples = [
+                example | {"image": self.augment(example["image"], _generator(self.seed, position))}
+                for example, position in zip(examples, positions, strict=True)
             ]
-        labels = np.array([example["label"] for example in examples], np.int32)
-        return {"image": np.stack(images), "label": labels}
+        return _stack(examples, self.fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,15 +217,21 @@ class _ReadEvaluation:
 
     source: RandomAccessSource | Sequence[Example]
     part: _Part
+    fields: tuple[str, ...]
 
     def __call__(self, step: int) -> Batch:
         positions = self.part.positions(step)
         examples = _read_examples(self.source, [i % len(self.source) for i in positions])
-        return {
-            "image": np.stack([example["image"] for example in examples]),
-            "label": np.array([example["label"] for example in examples], np.int32),
-            "mask": np.array(positions) < len(self.source),
-        }
+        return _stack(examples, self.fields) | {"mask": np.array(positions) < len(self.source)}
+
+
+def _stack(examples: Sequence[Example], fields: tuple[str, ...]) -> Batch:
+    batch = {field: np.stack([example[field] for example in examples]) for field in fields}
+    # JAX has no wider integers unless it is asked for them.
+    return {
+        field: array.astype(np.int32) if array.dtype in (np.int64, np.uint64) else array
+        for field, array in batch.items()
+    }
 
 
 def _read_examples(

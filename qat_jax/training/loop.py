@@ -9,24 +9,22 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from qat_jax.training.checkpoint import Checkpoints
 from qat_jax.training.compilation import compile_ahead
+from qat_jax.training.evaluation import HostBatch, Metrics, summary
 from qat_jax.training.hosts import Largest
 from qat_jax.training.progress import ProgressBar
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import TrainState
-from qat_jax.training.step import EvalStep, TrainStep
+from qat_jax.training.step import TrainStep
 from qat_jax.training.trace import StepTrace
 from qat_jax.training.workdir import MetricWriter
-
-HostBatch = dict[str, np.ndarray]
 
 # The metric with the non-finite groups of every operand (see `qat_jax.NonFinite`), which is there
 # to explain a failure and is not written.
@@ -75,40 +73,12 @@ class Plan:
                 raise ValueError(f"{field.name} must be at least 1 step")
 
 
-def evaluate(
-    eval_step: EvalStep, state: TrainState, batches: Iterable[HostBatch], devices: Placement
-) -> dict[str, float | int]:
-    """Loss and accuracy over a whole set, every example counted exactly once.
-
-    Args:
-        eval_step: from `make_eval_step`.
-        state: the model to evaluate.
-        batches: finite; each {"image", "label", "mask"}.
-        devices: where to compute.
-
-    Returns:
-        `loss` (mean, in nats), `accuracy` (share in [0, 1]), `correct` and `count`.
-
-    Raises:
-        ValueError: there is no example.
-    """
-    sums = [eval_step(state, devices.shard_batch(batch)) for batch in batches]
-    sums = jax.device_get(sums)
-    count = sum(int(part["count"]) for part in sums)
-    if count == 0:
-        raise ValueError("the evaluation set is empty")
-    correct = sum(int(part["correct"]) for part in sums)
-    loss = math.fsum(float(part["loss"]) for part in sums) / count
-    return {"loss": loss, "accuracy": correct / count, "correct": correct, "count": count}
-
-
 def fit(
     state: TrainState,
     *,
     train_step: TrainStep,
-    eval_step: EvalStep,
     train_data: Callable[[int], Iterator[HostBatch]],
-    eval_data: Callable[[], Iterable[HostBatch]],
+    evaluate: Callable[[TrainState], Metrics],
     devices: Placement,
     plan: Plan,
     writer: MetricWriter,
@@ -118,7 +88,7 @@ def fit(
     held_out: str = "test",
     operands: Sequence[str] = (),
     trace: Path | None = None,
-) -> tuple[TrainState, dict[str, float | int]]:
+) -> tuple[TrainState, Metrics]:
     """Trains from `state.step` to `plan.total`.
 
     A new run is evaluated once before the first step, so that the first line of the metrics says
@@ -130,17 +100,16 @@ def fit(
     Args:
         state: where to start; its memory is given to the states that follow.
         train_step: from `make_train_step`; what it collects as `NON_FINITE` explains failures.
-        eval_step: from `make_eval_step`.
         train_data: the endless training batches from a given step on; closed at the end
             where it has `close`.
-        eval_data: one pass over the examples to evaluate on.
+        evaluate: judges a state by examples it is not trained on.
         devices: where state and batches live.
         plan: how long and how often.
         writer: where metrics go.
         checkpoints: where states go.
         seconds_before: time earlier parts of this run took.
         name: shown beside the progress bar.
-        held_out: what the examples of `eval_data` are called.
+        held_out: what those examples are called.
         operands: the names of `NON_FINITE` in the order in which they are computed.
         trace: the folder to record a few steps in.
 
@@ -155,7 +124,7 @@ def fit(
     step = int(state.step)
     saved_step = step if step else None
     previous: tuple[int, dict[str, Any]] | None = None
-    tested: dict[str, float | int] | None = None
+    tested: Metrics | None = None
     compiled: Callable[..., Any] | None = None
     stopped_by = 0
 
@@ -165,14 +134,10 @@ def fit(
         stop = stack.enter_context(stop_signals())
         asked_to_stop = Largest(devices)
 
-        def test() -> dict[str, float | int]:
-            metrics = evaluate(eval_step, state, eval_data(), devices)
+        def test() -> Metrics:
+            metrics = evaluate(state)
             writer.write(step, held_out, metrics)
-            progress.message(
-                f"{name}: step {step}/{plan.total}  {held_out} accuracy "
-                f"{metrics['accuracy']:.2%}  loss {metrics['loss']:.4f}  "
-                f"({metrics['count']} examples)"
-            )
+            progress.message(f"{name}: step {step}/{plan.total}  {held_out} {summary(metrics)}")
             return metrics
 
         def save() -> int:
@@ -227,7 +192,7 @@ def fit(
             raise Interrupted(stopped_by, step)
 
         if tested is None:  # Resumed after the last step, whose line is already written.
-            tested = evaluate(eval_step, state, eval_data(), devices)
+            tested = evaluate(state)
     return state, tested
 
 

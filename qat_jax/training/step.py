@@ -1,10 +1,8 @@
-"""The jitted training and evaluation steps of an image classifier.
+"""The jitted steps of training, evaluation and prediction.
 
-Images arrive as uint8 and are normalised on the device; the training step gives its input state's
-memory to its output state.
+The training step gives its input state's memory to its output state.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,10 +12,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from qat_jax.training.objective import Batch, Objective
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import GraphDefs, TrainState
 
-Batch = Mapping[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 EvalStep = Callable[[TrainState, Batch], dict[str, jax.Array]]
 
@@ -34,56 +32,12 @@ class Collected(NamedTuple):
     summarise: Callable[[nnx.State], Any] = nnx.to_pure_dict
 
 
-@dataclasses.dataclass(frozen=True)
-class Normalisation:
-    """Per-channel statistics of images in [0, 1].
-
-    Attributes:
-        mean: one float a channel.
-        std: one float a channel.
-
-    Raises:
-        ValueError: one of them is not a tuple of numbers.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            values = getattr(self, field.name)
-            if not all(isinstance(value, int | float) for value in values):
-                raise ValueError(f"{field.name} is {values}: give one number a channel")
-
-    def __call__(self, image: jax.Array) -> jax.Array:
-        """(image / 255 - mean) / std: uint8 [B, H, W, C] to float32 of the same shape."""
-        scaled = image.astype(jnp.float32) / 255
-        return (scaled - jnp.asarray(self.mean)) / jnp.asarray(self.std)
-
-
-def cross_entropy(logits: jax.Array, label: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
-    """Softmax cross-entropy of each example, in nats.
-
-    Args:
-        logits: float [B, classes]; computed in float32.
-        label: int [B].
-        label_smoothing: the share of probability spread over all classes.
-
-    Returns:
-        float32 [B].
-    """
-    target = jax.nn.one_hot(label, logits.shape[-1], dtype=jnp.float32)
-    target = optax.smooth_labels(target, label_smoothing)
-    return optax.softmax_cross_entropy(logits.astype(jnp.float32), target)
-
-
 def make_train_step(
     graphdefs: GraphDefs,
     optimizer: optax.GradientTransformation,
     *,
-    normalise: Callable[[jax.Array], jax.Array],
+    objective: Objective,
     schedule: optax.Schedule,
-    label_smoothing: float = 0.0,
     accumulate: int = 1,
     average_decay: float = 0.0,
     collect: Mapping[str, Collected] | None = None,
@@ -92,11 +46,10 @@ def make_train_step(
     """One optimiser update as a jitted function that donates its input state.
 
     Args:
-        graphdefs: the model's structure; the model maps [B, H, W, C] to logits [B, classes].
+        graphdefs: the model's structure.
         optimizer: the transformation whose state is in the `TrainState`.
-        normalise: uint8 images to what the model expects.
+        objective: what the model is called with, and the loss that is minimised.
         schedule: the learning rate by step, for the metrics.
-        label_smoothing: see `cross_entropy`.
         accumulate: parts that a batch is cut into, which run one after the other and whose
             gradients are averaged: a batch that does not fit into memory at once. Batch norms and
             dynamic thresholds see a part at a time.
@@ -106,8 +59,8 @@ def make_train_step(
         placement: where the state lives; None leaves it to the compiler.
 
     Returns:
-        step(state, {"image": uint8 [B, H, W, C], "label": int32 [B]}) -> (state, metrics), metrics
-        being float32 scalars `loss`, `accuracy`, `grad_norm`, `learning_rate`, and what is
+        step(state, batch) -> (state, metrics), metrics being float32 scalars `loss`, `accuracy`
+        (the share of examples answered correctly), `grad_norm`, `learning_rate`, and what is
         collected, means over the parts.
 
     Raises:
@@ -122,10 +75,9 @@ def make_train_step(
         if placement is not None:
             params = placement.gather(params)
         model = nnx.merge(graphdefs.train, params, model_state)
-        image = normalise(batch["image"])
-        logits, sown = _apply(model, image, collect or {})
-        loss = cross_entropy(logits, batch["label"], label_smoothing).mean()
-        accuracy = jnp.mean(logits.argmax(-1) == batch["label"])
+        outputs, sown = _apply(model, objective.inputs(batch), collect or {})
+        loss = objective.losses(outputs, batch).mean()
+        accuracy = jnp.mean(objective.correct(outputs, batch))
         new_model_state = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
         return loss, (new_model_state, {"loss": loss, "accuracy": accuracy, **sown})
 
@@ -195,41 +147,61 @@ def _scan_mean(
 
 
 def make_eval_step(
-    graphdefs: GraphDefs,
-    *,
-    normalise: Callable[[jax.Array], jax.Array],
-    placement: Placement | None = None,
+    graphdefs: GraphDefs, *, objective: Objective, placement: Placement | None = None
 ) -> EvalStep:
     """Sums over one evaluation batch, in which padding counts for nothing.
 
     Returns:
-        step(state, {"image", "label", "mask": bool [B]}) -> {"loss": float32 [], "correct": int32
-        [], "count": int32 []}, each a sum over the examples whose mask is True.
+        step(state, batch with "mask": bool [B]) -> {"loss": float32 [], "correct": int32 [],
+        "count": int32 []}, each a sum over the examples whose mask is True.
     """
 
     def eval_step(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-        model = nnx.merge(graphdefs.evaluation, state.evaluated_params, state.model_state)
-        logits, _ = _apply(model, normalise(batch["image"]))
+        outputs = _evaluated(graphdefs, state, objective.inputs(batch))
         mask = batch["mask"]
         # `where`, not a product: what a padded example gives may be NaN.
-        loss = jnp.where(mask, cross_entropy(logits, batch["label"]), 0.0)
-        correct = mask & (logits.argmax(-1) == batch["label"])
+        loss = jnp.where(mask, objective.losses(outputs, batch), 0.0)
         return {
             "loss": loss.sum(),
-            "correct": correct.sum(dtype=jnp.int32),
+            "correct": (mask & objective.correct(outputs, batch)).sum(dtype=jnp.int32),
             "count": mask.sum(dtype=jnp.int32),
         }
 
     return jax.jit(eval_step, out_shardings=placement and placement.replicated)
 
 
+def make_predict_step(
+    graphdefs: GraphDefs, *, objective: Objective, placement: Placement | None = None
+) -> EvalStep:
+    """What the model says to one evaluation batch.
+
+    Returns:
+        step(state, batch with "mask": bool [B]) -> {"outputs": [B, …], "mask": bool [B], "loss":
+        float32 [B]}, of all examples of all processes.
+    """
+
+    def predict_step(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+        outputs = _evaluated(graphdefs, state, objective.inputs(batch))
+        losses = objective.losses(outputs, batch)
+        return {"outputs": outputs, "mask": batch["mask"], "loss": losses}
+
+    return jax.jit(predict_step, out_shardings=placement and placement.replicated)
+
+
+def _evaluated(graphdefs: GraphDefs, state: TrainState, inputs: tuple[jax.Array, ...]) -> jax.Array:
+    model = nnx.merge(graphdefs.evaluation, state.evaluated_params, state.model_state)
+    return _apply(model, inputs)[0]
+
+
 def _apply(
-    model: Any, image: jax.Array, collect: Mapping[str, Collected] = MappingProxyType({})
+    model: Any,
+    inputs: tuple[jax.Array, ...],
+    collect: Mapping[str, Collected] = MappingProxyType({}),
 ) -> tuple[jax.Array, dict[str, Any]]:
     """A forward pass and what was collected; sown outside a capture, it would become state."""
-    output = nnx.capture(model, *(collected.type for collected in collect.values()))(image)
+    result = nnx.capture(model, *(collected.type for collected in collect.values()))(*inputs)
     if not collect:
-        return output, {}
-    logits, *states = output
+        return result, {}
+    outputs, *states = result
     named = zip(collect.items(), states, strict=True)
-    return logits, {name: collected.summarise(state) for (name, collected), state in named}
+    return outputs, {name: collected.summarise(state) for (name, collected), state in named}

@@ -8,9 +8,10 @@ import pytest
 
 from configs import imagenet
 from experiments import build, cli, paper_rows, train
+from qat_jax.training.objective import Classification, Normalisation
 from qat_jax.training.optimizer import duration_in_steps, make_optimizer, make_schedule
 from qat_jax.training.state import create_state
-from qat_jax.training.step import Normalisation, make_train_step
+from qat_jax.training.step import make_train_step
 
 IMAGES = 1_281_167
 
@@ -112,11 +113,11 @@ def test_a_training_step_fits_together(model):
     """Traced, not run: compiling takes minutes on a CPU."""
     config = imagenet.get_config(f"model={model},bits=4")
     config.model.dtype = "bfloat16"
-    normalise = Normalisation(config.dataset.mean, config.dataset.std)
+    objective = Classification(Normalisation(config.dataset.mean, config.dataset.std))
     schedule = make_schedule(config.schedule, 0.1, total_steps=100, steps_per_epoch=10)
     optimizer = make_optimizer(config.optimizer, schedule)
     found, state = create_state_abstractly(config, optimizer)
-    step = make_train_step(found["graphdefs"], optimizer, normalise=normalise, schedule=schedule)
+    step = make_train_step(found["graphdefs"], optimizer, objective=objective, schedule=schedule)
     batch = {
         "image": jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((4,), jnp.int32),

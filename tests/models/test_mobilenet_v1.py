@@ -7,7 +7,7 @@ from safetensors.numpy import load_file, save_file
 
 from qat_jax.data import CentreCrop, ImageFolder, PreparedSource, eval_batches
 from qat_jax.models import MobileNetV1, load_weights
-from qat_jax.training.step import Normalisation
+from qat_jax.training.objective import Normalisation
 
 
 def abstract(width=1.0, **options):

@@ -11,8 +11,8 @@ import qat_jax as qj
 from qat_jax.training.checkpoint import Checkpoints
 from qat_jax.training.loop import NON_FINITE, Interrupted, NonFiniteLossError, Plan
 from qat_jax.training.state import create_state
-from qat_jax.training.step import Collected, make_eval_step, make_train_step
-from tests.training.tiny_training import eval_data, train_data
+from qat_jax.training.step import Collected, make_train_step
+from tests.training.tiny_training import train_data
 
 PLAN = Plan(total=7, eval_every=3, checkpoint_every=2, log_every=1)
 
@@ -84,12 +84,12 @@ def test_a_crash_loses_only_what_came_after_the_last_checkpoint(lab, tmp_path):
 
 
 def test_a_signal_before_the_first_step_leaves_nothing_to_resume(lab, tmp_path):
-    def stopping():
+    def stopping(state):
         os.kill(os.getpid(), signal.SIGTERM)
-        return eval_data()
+        return lab.evaluate(state)
 
     with pytest.raises(Interrupted, match="before the first was done"):
-        lab.fit(tmp_path, PLAN, eval_data=stopping)
+        lab.fit(tmp_path, PLAN, evaluate=stopping)
     lab.fit(tmp_path, PLAN)
     assert [line["step"] for line in lines(tmp_path) if line["split"] == "test"] == [0, 3, 6, 7]
 
@@ -124,7 +124,7 @@ def test_a_non_finite_loss_names_the_operand_that_saw_it_first(lab, tmp_path):
     step = make_train_step(
         graphdefs,
         lab.optimizer,
-        normalise=lab.normalise,
+        objective=lab.objective,
         schedule=lab.schedule,
         collect={NON_FINITE: Collected(qj.NonFinite, qj.captured_by_operand)},
     )
@@ -140,7 +140,7 @@ def test_a_non_finite_loss_names_the_operand_that_saw_it_first(lab, tmp_path):
             PLAN,
             state=state,
             train_step=step,
-            eval_step=make_eval_step(graphdefs, normalise=lab.normalise),
+            evaluate=lambda state: {"loss": 0.0, "count": 0},
             operands=operands,
         )
 

@@ -17,7 +17,8 @@ from flax import nnx
 import qat_jax as qj
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import create_state
-from qat_jax.training.step import Normalisation, make_eval_step, make_train_step
+from qat_jax.training.objective import Classification, Normalisation
+from qat_jax.training.step import make_eval_step, make_train_step
 from tests.training.tiny_training import TinyNet, eval_data, train_data
 
 bits, fsdp = map(int, sys.argv[1:])
@@ -29,7 +30,7 @@ if bits < 32:
     model = qj.quantize_model(model, qj.uniform_policy(bits, bits))
 graphdefs, state = create_state(model, optimizer)
 state = devices.shard_state(state)
-settings = dict(normalise=Normalisation((0.5,), (0.25,)), placement=devices)
+settings = dict(objective=Classification(Normalisation((0.5,), (0.25,))), placement=devices)
 step = make_train_step(graphdefs, optimizer, schedule=schedule, **settings)
 evaluate = make_eval_step(graphdefs, **settings)
 data, losses = train_data(0), []

@@ -7,13 +7,13 @@ import pytest
 from flax import nnx
 
 from qat_jax.training.checkpoint import Checkpoints
-from qat_jax.training.loop import evaluate
+from qat_jax.training.evaluation import evaluate, predict
+from qat_jax.training.objective import Normalisation, SpanExtraction, cross_entropy
 from qat_jax.training.state import create_state, restore_model
 from qat_jax.training.step import (
     Collected,
-    Normalisation,
-    cross_entropy,
     make_eval_step,
+    make_predict_step,
     make_train_step,
 )
 from tests.training.tiny_training import eval_data, examples
@@ -48,7 +48,7 @@ def test_a_step_is_gradient_descent_with_fresh_batch_statistics(lab):
     model = lab.model()
 
     def loss_fn(model):
-        logits = model(lab.normalise(batch["image"]))
+        logits = model(lab.objective.normalise(batch["image"]))
         return cross_entropy(logits, batch["label"]).mean()
 
     loss, grads = nnx.value_and_grad(loss_fn)(model)
@@ -65,7 +65,7 @@ def test_a_step_is_gradient_descent_with_fresh_batch_statistics(lab):
 
 
 def test_a_batch_in_parts_gives_the_mean_of_their_gradients(lab):
-    settings = dict(normalise=lab.normalise, schedule=lab.schedule)
+    settings = dict(objective=lab.objective, schedule=lab.schedule)
     step = make_train_step(lab.graphdefs, lab.optimizer, accumulate=4, **settings)
     state, batch = lab.state(), examples(0, 8)
     before = jax.device_get(state)
@@ -75,7 +75,7 @@ def test_a_batch_in_parts_gives_the_mean_of_their_gradients(lab):
     for part in range(4):  # batch norms keep what they saw of the parts before
 
         def loss_fn(model, part=part):
-            logits = model(lab.normalise(batch["image"][part::4]))
+            logits = model(lab.objective.normalise(batch["image"][part::4]))
             return cross_entropy(logits, batch["label"][part::4]).mean()
 
         loss, grad = nnx.value_and_grad(loss_fn)(model)
@@ -95,7 +95,7 @@ def test_the_average_of_the_parameters_is_evaluated(lab, tmp_path):
     step = make_train_step(
         graphdefs,
         lab.optimizer,
-        normalise=lab.normalise,
+        objective=lab.objective,
         schedule=lab.schedule,
         average_decay=0.75,
     )
@@ -108,7 +108,7 @@ def test_the_average_of_the_parameters_is_evaluated(lab, tmp_path):
 
     plain = dataclasses.replace(state, params=state.average, average=None)
     ours, theirs = (
-        evaluate(make_eval_step(graphdefs, normalise=lab.normalise), s, eval_data(), lab.devices)
+        evaluate(make_eval_step(graphdefs, objective=lab.objective), s, eval_data(), lab.devices)
         for s in (state, plain)
     )
     assert ours == theirs
@@ -129,7 +129,7 @@ def test_what_the_model_sows_is_collected_on_request(lab):
     step = make_train_step(
         lab.graphdefs,
         lab.optimizer,
-        normalise=lab.normalise,
+        objective=lab.objective,
         schedule=lab.schedule,
         collect={"diagnostics": Collected(nnx.Intermediate)},
     )
@@ -147,7 +147,7 @@ def test_evaluation_counts_every_example_once(lab):
     correct, losses = 0, []
     for batch in eval_data():
         valid = batch["mask"]
-        logits = model(lab.normalise(batch["image"][valid]))
+        logits = model(lab.objective.normalise(batch["image"][valid]))
         correct += int((np.argmax(logits, -1) == batch["label"][valid]).sum())
         losses.extend(np.asarray(cross_entropy(logits, batch["label"][valid])))
     metrics = evaluate(lab.eval_step, state, eval_data(), lab.devices)
@@ -157,6 +157,36 @@ def test_evaluation_counts_every_example_once(lab):
     assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+def test_prediction_leaves_the_padding_out(lab):
+    state = lab.state()
+    step = make_predict_step(lab.graphdefs, objective=lab.objective)
+    outputs, loss = predict(step, state, eval_data(), lab.devices)
+    model = restore_model(lab.graphdefs, state)
+    images = np.concatenate([batch["image"][batch["mask"]] for batch in eval_data()])
+    expected = model(lab.objective.normalise(images))
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
+    metrics = evaluate(lab.eval_step, state, eval_data(), lab.devices)
+    assert loss == pytest.approx(metrics["loss"], rel=1e-5)
+
+
 def test_an_empty_evaluation_set_is_refused(lab):
     with pytest.raises(ValueError, match="empty"):
         evaluate(lab.eval_step, lab.state(), [], lab.devices)
+    with pytest.raises(ValueError, match="empty"):
+        predict(lab.eval_step, lab.state(), [], lab.devices)
+
+
+def test_a_span_is_judged_by_both_of_its_ends_and_never_in_the_padding():
+    objective = SpanExtraction()
+    logits = np.array(
+        [[[0.0, 0.0], [2.0, 1.0], [1.0, 3.0], [9.0, 9.0]]] * 2, np.float32
+    )  # the last token is padding
+    batch = {
+        "token_mask": np.array([[True, True, True, False]] * 2),
+        "start": np.array([1, 1]),
+        "end": np.array([2, 1]),
+    }
+    np.testing.assert_array_equal(objective.correct(logits, batch), [True, False])
+    start = np.log(np.exp([0.0, 2.0, 1.0]).sum()) - 2.0
+    end = np.log(np.exp([0.0, 1.0, 3.0]).sum()) - np.array([3.0, 1.0])
+    np.testing.assert_allclose(objective.losses(logits, batch), (start + end) / 2, rtol=1e-6)

@@ -11,10 +11,11 @@ import optax
 from flax import nnx
 
 from qat_jax.training.checkpoint import Checkpoints
+from qat_jax.training.evaluation import Metrics, evaluate
 from qat_jax.training.loop import Plan, fit
+from qat_jax.training.objective import Classification
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import GraphDefs, TrainState, create_state
-from qat_jax.training.step import Normalisation
 from qat_jax.training.workdir import MetricWriter, Workdir
 
 CLASSES = 3
@@ -56,7 +57,7 @@ class Lab:
 
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
-    normalise: Normalisation
+    objective: Classification
     graphdefs: GraphDefs
     devices: Placement
     train_step: Callable[..., Any]
@@ -68,6 +69,9 @@ class Lab:
     def state(self, width: int = 4) -> TrainState:
         return self.devices.shard_state(create_state(self.model(width), self.optimizer)[1])
 
+    def evaluate(self, state: TrainState) -> Metrics:
+        return evaluate(self.eval_step, state, eval_data(), self.devices)
+
     def fit(self, path: Path, plan: Plan, **changes: Any) -> tuple[TrainState, dict[str, Any]]:
         folder = Workdir(path)
         with Checkpoints(folder.checkpoints_path) as checkpoints:
@@ -78,9 +82,8 @@ class Lab:
             with MetricWriter(folder, int(state.step) if restored else None) as writer:
                 parts: dict[str, Any] = {
                     "train_step": self.train_step,
-                    "eval_step": self.eval_step,
                     "train_data": train_data,
-                    "eval_data": eval_data,
+                    "evaluate": self.evaluate,
                 }
                 return fit(
                     state,

@@ -1,0 +1,129 @@
+"""What a model is trained for: how it reads a batch, and how far off its outputs are."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Batch = Mapping[str, jax.Array]
+
+
+class Objective(Protocol):
+    """A kind of problem. An objective is a value: it holds settings, no arrays."""
+
+    def inputs(self, batch: Batch) -> tuple[jax.Array, ...]:
+        """What the model is called with."""
+        ...
+
+    def losses(self, outputs: jax.Array, batch: Batch) -> jax.Array:
+        """The loss of each example, in nats: float32 [B]."""
+        ...
+
+    def correct(self, outputs: jax.Array, batch: Batch) -> jax.Array:
+        """Whether the likeliest answer to each example is the right one: bool [B]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """Per-channel statistics of images in [0, 1].
+
+    Attributes:
+        mean: one float a channel.
+        std: one float a channel.
+
+    Raises:
+        ValueError: one of them is not a tuple of numbers.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            values = getattr(self, field.name)
+            if not all(isinstance(value, int | float) for value in values):
+                raise ValueError(f"{field.name} is {values}: give one number a channel")
+
+    def __call__(self, image: jax.Array) -> jax.Array:
+        """(image / 255 - mean) / std: uint8 [B, H, W, C] to float32 of the same shape."""
+        scaled = image.astype(jnp.float32) / 255
+        return (scaled - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Which class an image is of: the model maps [B, H, W, C] to logits [B, classes].
+
+    Batches have `image`, uint8 [B, H, W, C], and `label`, int32 [B]. Images are normalised on the
+    device.
+
+    Attributes:
+        normalise: uint8 images to what the model expects.
+        label_smoothing: the share of probability spread over all classes; for training.
+    """
+
+    normalise: Normalisation
+    label_smoothing: float = 0.0
+
+    def inputs(self, batch: Batch) -> tuple[jax.Array, ...]:
+        """The normalised images."""
+        return (self.normalise(batch["image"]),)
+
+    def losses(self, outputs: jax.Array, batch: Batch) -> jax.Array:
+        """Softmax cross-entropy, computed in float32."""
+        return cross_entropy(outputs, batch["label"], self.label_smoothing)
+
+    def correct(self, outputs: jax.Array, batch: Batch) -> jax.Array:
+        """Whether the largest logit is that of the label."""
+        return outputs.argmax(-1) == batch["label"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanExtraction:
+    """Where an answer starts and where it ends: the model maps tokens to logits [B, L, 2].
+
+    Batches have `tokens` and `token_types`, int32 [B, L], `token_mask`, bool [B, L], which is
+    False for padding, and `start` and `end`, int32 [B], the first and the last token of the answer.
+    """
+
+    def inputs(self, batch: Batch) -> tuple[jax.Array, ...]:
+        """Tokens, token types and mask."""
+        return batch["tokens"], batch["token_types"], batch["token_mask"]
+
+    def losses(self, outputs: jax.Array, batch: Batch) -> jax.Array:
+        """The mean of the cross-entropies of start and end, over the tokens there are."""
+        start, end = (cross_entropy(*ends) for ends in self._ends(outputs, batch))
+        return (start + end) / 2
+
+    def correct(self, outputs: jax.Array, batch: Batch) -> jax.Array:
+        """Whether both ends are right."""
+        start, end = (logits.argmax(-1) == target for logits, target in self._ends(outputs, batch))
+        return start & end
+
+    def _ends(self, outputs: jax.Array, batch: Batch) -> list[tuple[jax.Array, jax.Array]]:
+        """Logits [B, L] and target [B] of start and end; padding is out of the question."""
+        lowest = jnp.finfo(outputs.dtype).min
+        logits = jnp.where(batch["token_mask"][..., None], outputs, lowest)
+        return [(logits[..., i], batch[name]) for i, name in enumerate(("start", "end"))]
+
+
+def cross_entropy(logits: jax.Array, label: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+    """Softmax cross-entropy of each example, in nats.
+
+    Args:
+        logits: float [B, classes]; computed in float32.
+        label: int [B].
+        label_smoothing: the share of probability spread over all classes.
+
+    Returns:
+        float32 [B].
+    """
+    logits = logits.astype(jnp.float32)
+    if not label_smoothing:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    target = jax.nn.one_hot(label, logits.shape[-1], dtype=jnp.float32)
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(target, label_smoothing))
