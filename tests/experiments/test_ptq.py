@@ -143,8 +143,8 @@ def test_wrong_settings_end_before_anything_is_written(tmp_path, weights, capsys
 
 def test_tables_go_on_where_they_were_stopped(tmp_path, weights, monkeypatch):
     sizes = ptq_tables.TABLES["sizes"]
-    monkeypatch.setitem(ptq_tables.TABLES, "short", lambda: itertools.islice(sizes(), 3))
-    arguments = command(tmp_path / "x", weights, "--config.tables=('short',)")
+    monkeypatch.setitem(ptq_tables.TABLES, "sizes", lambda: itertools.islice(sizes(), 3))
+    arguments = command(tmp_path / "x", weights, "--config.tables=('sizes',)")
     measure, measured = ptq_tables.measure, []
 
     def stopped(bench, config):
@@ -162,9 +162,9 @@ def test_tables_go_on_where_they_were_stopped(tmp_path, weights, monkeypatch):
     assert measured == [1, 2]
 
     ptq_figures.write(tmp_path, tmp_path / "figures" / "net")
-    rows = list(csv.DictReader((tmp_path / "figures" / "net_short.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "figures" / "net_sizes.csv").open()))
     assert [row["column"] for row in rows] == ["1", "2", "4"]
-    assert (tmp_path / "figures" / "net_short.png").stat().st_size > 5000
+    assert (tmp_path / "figures" / "net_sizes.png").stat().st_size > 5000
 
 
 def test_an_unknown_table_is_refused(tmp_path, weights, capsys):
