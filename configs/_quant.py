@@ -31,9 +31,9 @@ def quant_config(arg: str) -> ConfigDict:
 
     Example:
         >>> quant_config("bits=4,clipping=max").to_dict()
-        {'activation_bits': 4, 'clipping': 'max', 'diagnostics': False, 'edge_clipping': 'max',
-         'gradient': 'mph', 'narrow': True, 'notation': '', 'shards': 1, 'static_batches': 0,
-         'weight_bits': 4}
+        {'activation_bits': 4, 'clipping': 'max', 'diagnostics': False, 'edge_bits': 8,
+         'edge_clipping': 'max', 'gradient': 'mph', 'narrow': True, 'notation': '', 'shards': 1,
+         'static_batches': 0, 'weight_bits': 4}
     """
     values = dict(DEFAULTS)
     parts = [] if arg == "float" else [part for part in arg.split(",") if part]
@@ -60,7 +60,8 @@ def quant_config(arg: str) -> ConfigDict:
             "clipping": values["clipping"],
             "gradient": values["gradient"],
             "narrow": True,  # the threshold is itself a code; the paper's grids are not narrow
-            "edge_clipping": values["clipping"],  # of the first convolution and the classifier
+            "edge_bits": 8,  # of the first convolution and the classifier
+            "edge_clipping": values["clipping"],
             # Of training images behind thresholds that stay; 0: every step finds its own.
             "static_batches": _STATIC_BATCHES if values["scaling"] == "static" else 0,
             # Parts of a batch whose activations have thresholds of their own; as many as devices

@@ -29,6 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(
         {
             "experiment": "cifar10_resnet20",
+            "task": "image_classification",
             "seed": 0,
             "dataset": {
                 "name": "cifar10",

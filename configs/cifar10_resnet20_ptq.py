@@ -32,6 +32,7 @@ def get_config(arg: str = "4/4U/4/6") -> ConfigDict:
     return ConfigDict(
         {
             "experiment": "cifar10_resnet20_ptq",
+            "task": "image_classification",
             "seed": 0,
             "dataset": training.dataset,
             "model": training.model,

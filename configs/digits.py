@@ -24,6 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(
         {
             "experiment": "digits",
+            "task": "image_classification",
             "seed": 0,
             "dataset": {
                 "name": "digits",

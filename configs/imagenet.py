@@ -98,6 +98,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return ConfigDict(
         {
             "experiment": f"imagenet_{model}_{recipe}",
+            "task": "image_classification",
             "seed": 0,
             "dataset": {
                 "name": "imagenet2012",

@@ -33,6 +33,7 @@ def get_config(arg: str = "8/8U") -> ConfigDict:
     config = ConfigDict(
         {
             "experiment": "imagenet_mobilenet_v1_ptq",
+            "task": "image_classification",
             "seed": 0,
             "dataset": {
                 "name": "image_folder",

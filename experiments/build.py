@@ -1,6 +1,7 @@
-"""From a config to the things it names: a model, its quantisers, its rules of clipping."""
+"""From a config to the things it names: its kind of data, a model, its quantisers."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,15 +9,22 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import qat_jax as qj
+from experiments.images import ImageClassification
+from experiments.questions import QuestionAnswering
+from experiments.tasks import Task
 from qat_jax.clipping import Clipping
 from qat_jax.models import (
+    BertForQuestionAnswering,
+    BertSize,
     CifarResNet,
     MobileNetV1,
     MobileNetV2,
     MobileNetV3,
     ResNet,
+    find_pretrained,
     load_weights,
 )
+from qat_jax.safetensors_file import read_arrays
 
 FLOAT_BITS = 32
 _MODELS: dict[str, Callable[..., nnx.Module]] = {
@@ -25,14 +33,20 @@ _MODELS: dict[str, Callable[..., nnx.Module]] = {
     "mobilenet_v1": MobileNetV1,
     "mobilenet_v2": MobileNetV2,
     "mobilenet_v3": MobileNetV3,
+    "bert": lambda size, **settings: BertForQuestionAnswering(BertSize(**size), **settings),
 }
 # Names of the first convolution and of the classifier, which papers keep at 8 bits.
-_ENDS = {
+_ENDS: dict[str, tuple[str | None, str]] = {
     "cifar_resnet": ("conv1", "linear"),
     "resnet": ("conv1", "fc"),
     "mobilenet_v1": ("conv1", "classifier"),
     "mobilenet_v2": ("conv1", "classifier"),
     "mobilenet_v3": ("conv1", "classifier"),
+    "bert": (None, "answer"),  # embeddings, norms and the softmax stay in float
+}
+_TASKS: dict[str, Callable[[ConfigDict], Task]] = {
+    "image_classification": ImageClassification,
+    "question_answering": QuestionAnswering,
 }
 CLIPPINGS: dict[str, Clipping] = {
     "max": qj.AbsMax(),
@@ -41,6 +55,17 @@ CLIPPINGS: dict[str, Clipping] = {
     "mse": qj.MseSweep(),
     "entropy": qj.Entropy(),
 }
+
+
+def task(config: ConfigDict) -> Task:
+    """The kind of data that the config is about.
+
+    Raises:
+        ValueError: there is no such kind, or its settings cannot be.
+    """
+    if config.task not in _TASKS:
+        raise ValueError(f"task is {config.task!r}: give one of {', '.join(_TASKS)}")
+    return _TASKS[config.task](config)
 
 
 def float_model(config: ConfigDict) -> nnx.Module:
@@ -58,8 +83,17 @@ def float_model(config: ConfigDict) -> nnx.Module:
         settings["dtype"] = jnp.dtype(settings["dtype"])
     model = _MODELS[name](**settings, rngs=nnx.Rngs(config.seed))
     if pretrained is not None:
-        load_weights(model, pretrained)
+        path = find_pretrained(pretrained).weights
+        load_weights(_loaded_part(model, path), path)
     return model
+
+
+def _loaded_part(model: nnx.Module, path: Path) -> nnx.Module:
+    """What a file is for: an encoder's has no head, which fine-tuning then begins anew."""
+    if not isinstance(model, BertForQuestionAnswering):
+        return model
+    has_head = any(name.startswith("qa_outputs.") for name in read_arrays(path, "weights"))
+    return model if has_head else model.bert
 
 
 def clipping(name: str) -> Clipping:
@@ -134,6 +168,7 @@ def quantised_model(config: ConfigDict) -> nnx.Module:
         narrow=quant.narrow,
         first=first,
         last=last,
+        edge_bits=quant.edge_bits,
         edge_clipping=clipping(quant.edge_clipping),
         activation_granularity=qj.PerTensor() if quant.shards == 1 else qj.PerShard(quant.shards),
     )

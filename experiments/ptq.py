@@ -88,7 +88,7 @@ class Bench:
             raise ValueError(
                 "there is no model to quantise: pass --config.model.pretrained=FILE.safetensors"
             )
-        task = tasks.of_config(config)
+        task = build.task(config)
         test = task.test_source()
         train = task.calibration_source() if needs_training_examples(config) else None
         model = build.float_model(config)

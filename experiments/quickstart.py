@@ -177,7 +177,7 @@ def layer_input(recipe: ConfigDict, folder: Path, config: ConfigDict) -> jax.Arr
     Returns:
         float32 [images, H, W, C].
     """
-    task = tasks.of_config(recipe)
+    task = build.task(recipe)
     source = task.test_source()
     model = trained_model(recipe, folder)
     layer = _layer(model, config.figure_layer)

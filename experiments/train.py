@@ -20,8 +20,8 @@ Examples:
 
 The settings and what they mean are in the config file; several hosts are joined as docs/launch.md
 says. Run the same command again to resume after an interruption. DIR gets config.json,
-metrics.jsonl, TensorBoard events, checkpoints and, once the run is finished, result.json; with
---config.profile also a trace of a few steps.
+metrics.jsonl, TensorBoard events, checkpoints and, once the run is finished, weights.safetensors
+and result.json; with --config.profile also a trace of a few steps.
 """
 
 import logging
@@ -31,21 +31,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 from ml_collections import ConfigDict
 
 import qat_jax as qj
 from experiments import build, cli, tasks
 from qat_jax import data
+from qat_jax.models import save_weights
 from qat_jax.training import hosts
 from qat_jax.training.checkpoint import Checkpoints
 from qat_jax.training.loop import NON_FINITE, Plan, fit
 from qat_jax.training.optimizer import duration_in_steps, make_optimizer, make_schedule
 from qat_jax.training.sharding import Placement
-from qat_jax.training.state import count_parameters, create_state
+from qat_jax.training.state import GraphDefs, TrainState, count_parameters, create_state
 from qat_jax.training.step import Collected, make_train_step
 from qat_jax.training.workdir import MetricWriter, Workdir
 
 logger = logging.getLogger("experiments.train")  # __name__ is "__main__" on the command line
+
+WEIGHTS = "weights.safetensors"
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -85,7 +89,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         devices.check_batch_size(config.batch_size // config.accumulate)
 
         # Data
-        task = tasks.of_config(config)
+        task = build.task(config)
         train_source, augment = task.train_source()
         test_source = task.test_source()
         validation_source = task.validation_source()
@@ -180,6 +184,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                     writer.write(plan.total, "test", metrics)
 
     # Result
+    save_trained(graphdefs, state, devices, workdir / WEIGHTS)
     measured |= {f"test_{name}": value for name, value in metrics.items()}
     measured |= {"steps": plan.total, "parameters": parameters}
     result = folder.finish(settings, measured, wall_seconds=time.monotonic() - started)
@@ -191,6 +196,13 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         folder.result_path,
     )
     return result
+
+
+def save_trained(graphdefs: GraphDefs, state: TrainState, devices: Placement, path: Path) -> None:
+    """Leaves the parameters that were judged, under another library's names (`save_weights`)."""
+    whole = jax.jit(devices.gather)((state.evaluated_params, state.model_state))
+    if hosts.is_first():
+        save_weights(nnx.merge(graphdefs.evaluation, *whole), path)
 
 
 def join_hosts(config: ConfigDict) -> None:

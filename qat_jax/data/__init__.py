@@ -1,6 +1,7 @@
-"""Image data: datasets by name, random-access sources, and reproducible batches from them.
+"""Data: datasets by name, random-access sources, and reproducible batches from them.
 
-`load_source` opens a dataset; `train_batches` and `eval_batches` turn it into NumPy batches.
+`load_source` opens a dataset of images, `load_questions` with `make_features` one of questions;
+`train_batches` and `eval_batches` turn them into NumPy batches.
 """
 
 from qat_jax.data.augment import random_crop_flip
@@ -10,16 +11,41 @@ from qat_jax.data.image_folder import ImageFolder
 from qat_jax.data.pipeline import PreparedSource, eval_batches, train_batches
 from qat_jax.data.prepare import DataError
 from qat_jax.data.sources import load_source
+from qat_jax.data.squad import Answer, Question, load_questions, read_questions
+from qat_jax.data.squad_answers import RankedAnswer, best_answers, ranked_answers
+from qat_jax.data.squad_features import (
+    QUESTION_FIELDS,
+    SquadFeatures,
+    WordPiece,
+    cached_features,
+    make_features,
+)
+from qat_jax.data.squad_metrics import exact_match, f1, score
 
 __all__ = [
+    "QUESTION_FIELDS",
+    "Answer",
     "CentreCrop",
     "DataError",
     "FakeImages",
     "ImageFolder",
     "PreparedSource",
+    "Question",
     "RandomResizedCrop",
+    "RankedAnswer",
+    "SquadFeatures",
+    "WordPiece",
+    "best_answers",
+    "cached_features",
     "eval_batches",
+    "exact_match",
+    "f1",
+    "load_questions",
     "load_source",
+    "make_features",
     "random_crop_flip",
+    "ranked_answers",
+    "read_questions",
+    "score",
     "train_batches",
 ]

@@ -15,6 +15,7 @@ from qat_jax.models.bert import (
 from qat_jax.models.mobilenet_v1 import MobileNetV1
 from qat_jax.models.mobilenet_v2 import MobileNetV2
 from qat_jax.models.mobilenet_v3 import MobileNetV3
+from qat_jax.models.pretrained import Pretrained, find_pretrained
 from qat_jax.models.resnet import ResNet
 from qat_jax.models.resnet_cifar import CifarResNet
 from qat_jax.models.weights import load_weights, save_weights
@@ -30,7 +31,9 @@ __all__ = [
     "MobileNetV1",
     "MobileNetV2",
     "MobileNetV3",
+    "Pretrained",
     "ResNet",
+    "find_pretrained",
     "load_weights",
     "save_weights",
 ]

@@ -48,6 +48,7 @@ class Convention:
         to_file: from a name and an array of ours to the array in a file.
         from_file: back, but for the shape: axes that the file has as one may still be one.
         ignored: pattern of names in files that the model has no use for.
+        renamed: from a name that older files have to today's.
     """
 
     library: str
@@ -57,6 +58,7 @@ class Convention:
     from_file: Callable[[str, np.ndarray], np.ndarray] = _from_torch
     # PyTorch's batch norms count their batches; with a fixed momentum nothing reads the count.
     ignored: str = r".*\.num_batches_tracked"
+    renamed: Callable[[str], str] = lambda name: name
 
     def name(self, model: nnx.Module, path: tuple[Any, ...]) -> str:
         """The library's name of the variable at a path of the model.
@@ -236,6 +238,9 @@ _BERT: dict[str, Any] = {
     "from_file": _from_bert,
     # The head of pretraining, and what a model without pooling has no layer for.
     "ignored": r"(bert\.)?(pooler|embeddings\.position_ids|cls).*",
+    "renamed": lambda name: name.replace("Norm.gamma", "Norm.weight").replace(
+        "Norm.beta", "Norm.bias"
+    ),
 }
 _CONVENTIONS: dict[type[nnx.Module], tuple[Convention, ...]] = {
     CifarResNet: (_AKAMASTER,),

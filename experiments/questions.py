@@ -1,0 +1,94 @@
+"""Questions whose answers are spans of a text, as a config describes them."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import tasks
+from qat_jax import data
+from qat_jax.data.pipeline import Augment
+from qat_jax.models import find_pretrained
+from qat_jax.training.evaluation import Metrics, predict
+from qat_jax.training.objective import SpanExtraction
+from qat_jax.training.sharding import Placement
+from qat_jax.training.state import GraphDefs, TrainState
+from qat_jax.training.step import make_predict_step
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionAnswering:
+    """SQuAD: questions, their contexts, and the spans that answer them.
+
+    Attributes:
+        config: with sections `dataset` and `model`.
+
+    Raises:
+        Of its methods: `DataError` where there are no such questions or no vocabulary, ValueError
+        where windows have no room for a context.
+    """
+
+    config: ConfigDict
+    fields = data.QUESTION_FIELDS
+    headline = "f1"
+    objective = SpanExtraction()
+
+    def train_source(self) -> tuple[Any, Augment | None]:
+        """See `tasks.Task`."""
+        return self._source(self.config.dataset.train_split), None
+
+    def calibration_source(self) -> Any:
+        """See `tasks.Task`."""
+        return self._source(self.config.dataset.train_split)
+
+    def test_source(self) -> Any:
+        """See `tasks.Task`."""
+        return self._source(self.config.dataset.test_split)
+
+    def validation_source(self) -> Any:
+        """See `tasks.Task`."""
+        split = self.config.dataset.validation_split
+        return None if split is None else self._source(split)
+
+    def judge(self, graphdefs: GraphDefs, devices: Placement) -> tasks.Judge:
+        """See `tasks.Task`; exact match and F1 of questions, the loss of windows."""
+        step = make_predict_step(graphdefs, objective=self.objective, placement=devices)
+        answers = self.config.answers.to_dict()
+
+        def judge(state: TrainState, source: data.SquadFeatures) -> Metrics:
+            batches = tasks.eval_batches(self, source, self.config.batch_size)
+            logits, loss = predict(step, state, batches, devices)
+            predictions = data.best_answers(source, logits, **answers)
+            return {"loss": loss, **data.score(predictions, source.questions)}
+
+        return judge
+
+    def _source(self, split: str) -> data.SquadFeatures:
+        dataset = self.config.dataset
+        if split is None:
+            raise ValueError(
+                "name the questions: --config.dataset.test_split=NAME, and "
+                "--config.dataset.train_split=NAME to train or calibrate on"
+            )
+        questions = data.load_questions(dataset.name, split, dataset.data_dir)
+        settings = {name: dataset[name] for name in ("length", "stride", "max_question_length")}
+        wordpiece = data.WordPiece(self._vocabulary(), lowercase=dataset.lowercase)
+        if dataset.cache_dir is None:
+            return data.make_features(questions, wordpiece, **settings)
+        return data.cached_features(questions, wordpiece, dataset.cache_dir, **settings)
+
+    def _vocabulary(self) -> Path:
+        """The file of tokens that is named, or that of the network that is."""
+        named = self.config.dataset.vocabulary or self.config.model.pretrained
+        if named is None:
+            raise ValueError("name the tokens: --config.dataset.vocabulary=FILE")
+        if Path(named).suffix == ".txt":
+            return Path(named)
+        vocabulary = find_pretrained(named).vocabulary
+        if vocabulary is None:
+            raise ValueError(
+                f"there is no vocab.txt beside {named}: name the tokens, "
+                "--config.dataset.vocabulary=FILE"
+            )
+        return vocabulary

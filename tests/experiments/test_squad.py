@@ -1,0 +1,116 @@
+"""Question answering from a file of questions to quantised answers, with a tiny BERT."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import build, cli, ptq, train
+
+WORDS = ["red", "blue", "green", "cat", "dog", "bird", "paris", "rome", "who", "was", "where", "?"]
+SMALL = [
+    "--config.dataset.name=squad_json",
+    "--config.model.size.layers=1",
+    "--config.model.size.hidden=16",
+    "--config.model.size.heads=2",
+    "--config.model.size.intermediate=16",
+    "--config.model.size.vocabulary=20",
+    "--config.model.size.positions=24",
+    "--config.dataset.length=24",
+    "--config.dataset.stride=8",
+    "--config.dataset.max_question_length=8",
+    "--config.dataset.train_split=train.json",
+    "--config.dataset.test_split=test.json",
+    "--config.batch_size=8",
+]
+
+
+def questions(seed, count):
+    """A colour and a thing stand beside each other; asked is for the colour's thing."""
+    rng = np.random.default_rng(seed)
+    asked = []
+    for number in range(count):
+        pairs = [f"{c} {t}" for c, t in zip(WORDS[:3], rng.permutation(WORDS[3:6]), strict=True)]
+        context = " . ".join(rng.permutation(pairs))
+        colour, thing = pairs[rng.integers(3)].split()
+        start = context.index(f"{colour} {thing}") + len(colour) + 1
+        answers = [{"text": thing, "answer_start": start}]
+        qas = [{"id": str(number), "question": f"where was {colour}?", "answers": answers}]
+        asked.append({"context": context, "qas": qas})
+    return {"version": "1.1", "data": [{"title": "pairs", "paragraphs": asked}]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("squad")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "."]
+    (path / "vocab.txt").write_text("\n".join(special + WORDS))
+    for name, seed, count in [("train", 0, 64), ("test", 1, 11)]:
+        (path / f"{name}.json").write_text(json.dumps(questions(seed, count)))
+    return path
+
+
+def command(main, folder, workdir, *changes):
+    config = {"train": "squad_bert_base.py:bits=8", "ptq": "squad_bert_base_ptq.py:4/8/6/10"}[main]
+    paths = [
+        f"--config.dataset.data_dir={folder}",
+        f"--config.dataset.vocabulary={folder}/vocab.txt",
+    ]
+    return [main, f"--config=configs/{config}", f"--workdir={workdir}", *SMALL, *paths, *changes]
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "trained"
+    changes = [
+        "--config.total_epochs=20",
+        "--config.optimizer.learning_rate=0.01",
+        "--config.model.dropout=0.0",
+        "--config.eval_every_epochs=10",
+        f"--config.dataset.cache_dir={folder / 'cache'}",
+    ]
+    assert cli.main(train.run, train.__doc__, command("train", folder, workdir, *changes)) == 0
+    return workdir
+
+
+def result(workdir):
+    return json.loads((workdir / "result.json").read_text())["metrics"]
+
+
+def test_a_network_learns_to_answer(trained, folder):
+    metrics = result(trained)
+    assert metrics["test_count"] == 11  # questions; the last batch is filled with others
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    before = next(line for line in lines if line["split"] == "test")
+    assert metrics["test_f1"] >= metrics["test_exact_match"]
+    assert metrics["test_loss"] < 0.7 * before["loss"]
+    assert len(list((folder / "cache").glob("squad-*.npz"))) == 2
+
+
+def test_trained_weights_are_quantised_after_training(trained, folder, tmp_path):
+    changes = [f"--config.model.pretrained={trained / train.WEIGHTS}"]
+    arguments = command("ptq", folder, tmp_path / "float", *changes)
+    assert cli.main(ptq.run, ptq.__doc__, arguments) == 0
+    metrics = result(tmp_path / "float")
+    assert metrics["float_count"] == 11
+    assert 0 <= metrics["test_f1"] <= 1
+    operands = metrics["diagnostics"]
+    assert "bert/layers/0/attention/attention_weights" in operands
+    assert metrics["effective_bits"]["bert/layers/0/intermediate/weights"] == pytest.approx(
+        4 + 6 / 16 + 32 / 16, abs=0.01
+    )
+
+
+def test_a_vocabulary_has_to_be_named(folder, tmp_path, capsys):
+    arguments = command("train", folder, tmp_path / "x")
+    arguments = [word for word in arguments if "vocabulary=/" not in word]
+    assert cli.main(train.run, train.__doc__, arguments) == cli.WRONG_USAGE
+    assert "name the tokens" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_unknown_task_is_refused():
+    config = cli.parse(["x", "--config=configs/digits.py", "--workdir=x"]).config
+    config.task = "translation"
+    with pytest.raises(ValueError, match="give one of image_classification, question_answering"):
+        build.task(config)
