@@ -9,9 +9,12 @@ import sys
 import time
 
 import numpy as np
+import optax
 import pytest
 
 from experiments import build, cli, train
+from qat_jax.training.sharding import Placement
+from qat_jax.training.state import create_state
 
 FOUR_BITS = ["--config.quant.weight_bits=4", "--config.quant.activation_bits=4"]
 SMALL = [
@@ -57,6 +60,16 @@ def test_a_run_learns_digits_and_leaves_its_record(finished):
     assert tested[0]["step"] == 0
     assert tested[-1]["accuracy"] == result["metrics"]["test_accuracy"]
     assert list(finished.glob("events.*"))
+
+
+def test_a_run_leaves_the_weights_that_were_judged(finished):
+    config = cli.parse(command(finished)).config
+    config.model.pretrained = str(finished / train.WEIGHTS)
+    task, devices = build.task(config), Placement.over_all_devices()
+    graphdefs, state = create_state(build.float_model(config), optax.identity())
+    metrics = task.judge(graphdefs, devices)(state, task.test_source())
+    result = json.loads((finished / "result.json").read_text())["metrics"]
+    assert metrics["accuracy"] == result["test_accuracy"]
 
 
 def test_held_out_images_are_looked_at_in_training_and_test_images_once(tmp_path):
@@ -211,12 +224,12 @@ def test_weights_and_activations_are_quantised_on_request(tmp_path):
         (["--config.dataset.mean=abc"], "give one number a channel"),
         (["--config.model.in_channels=3"], "pass --config.model.in_channels=1"),
         (["--config.model.depth=9"], "depth is 9"),
-        (["--config.model.pretrained=no.safetensors"], "no.safetensors does not exist"),
+        (["--config.model.pretrained=no.safetensors"], "no pretrained weights at no.safetensors"),
         ([*FOUR_BITS, "--config.quant.clipping=maxx"], "give one of max, octav"),
         ([*FOUR_BITS, "--config.quant.gradient=mat"], "there are ste, pwl, mad"),
         (["--config.quant.weight_bits=1"], "2 to 16 bits"),
         (["--config.optimizer.name=adam"], "choose sgd or adamw"),
-        (["--config.schedule.name=cosin"], "choose constant, cosine or step"),
+        (["--config.schedule.name=cosin"], "choose constant, cosine, linear or step"),
         (["--config.total_epochs=0"], "the run has no step"),
         (["--config.log_every_steps=0"], "log_every must be at least 1"),
         (["--config.batch_size=0"], "batch_size"),
@@ -270,6 +283,7 @@ def test_configs_are_complete(name):
         "clipping": "octav",
         "gradient": "mad",
         "narrow": True,
+        "edge_bits": 8,
         "edge_clipping": "octav",
         "diagnostics": False,
     }

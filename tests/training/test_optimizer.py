@@ -58,6 +58,13 @@ def test_cosine_schedule_after_a_warmup():
         assert float(rate(step)) == pytest.approx(expected, abs=1e-7)
 
 
+def test_linear_schedule_after_a_warmup():
+    rate = schedule(name="linear", warmup_percent=20)
+    for step in range(101):
+        expected = 0.5 * min(step / 20, (100 - step) / 80)
+        assert float(rate(step)) == pytest.approx(expected, abs=1e-7)
+
+
 @pytest.mark.parametrize("warmup_steps", [0, 15, 45])
 def test_step_decay_counts_from_the_start_of_the_run(warmup_steps):
     rate = schedule(name="step", decay_every_epochs=2, decay_factor=0.1, warmup_steps=warmup_steps)
@@ -66,8 +73,8 @@ def test_step_decay_counts_from_the_start_of_the_run(warmup_steps):
 
 
 def test_impossible_schedules_are_refused():
-    with pytest.raises(ValueError, match="choose constant, cosine or step"):
-        schedule(name="linear")
+    with pytest.raises(ValueError, match="choose constant, cosine, linear or step"):
+        schedule(name="exponential")
     with pytest.raises(ValueError, match="warm-up of 100 steps fills the run"):
         schedule(name="cosine", warmup_epochs=10)
 
@@ -118,6 +125,13 @@ def test_adamw_decays_beside_the_gradient():
     # Adam's first update is the sign of the gradient.
     np.testing.assert_allclose(params["conv"]["kernel"], 2 - 0.5 * (1 + 0.1 * 2), rtol=1e-5)
     np.testing.assert_allclose(params["norm"]["scale"], 2 - 0.5, rtol=1e-5)
+
+
+def test_long_gradients_are_shortened_before_anything_else():
+    """All five parameters have gradient 1."""
+    for clip_norm, length in [(1.0, 1 / 5**0.5), (99.0, 1.0)]:
+        params = updates(SGD | {"weight_decay": 0.0, "clip_norm": clip_norm}, 1)
+        np.testing.assert_allclose(params["norm"]["scale"], 2 - 0.5 * length, rtol=1e-6)
 
 
 def test_an_unknown_optimizer_is_refused():
