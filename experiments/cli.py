@@ -78,13 +78,13 @@ def main(
         arguments = parse(argv, default_config=default_config)
         run(arguments.config, arguments.workdir)
     except (UsageError, WorkdirError, CheckpointError) as error:
-        return _fail(error, WRONG_USAGE)
+        return fail(error, WRONG_USAGE)
     except NonFiniteLossError as error:
-        return _fail(error, FAILED)
+        return fail(error, FAILED)
     except Interrupted as error:
-        return _fail(error, SIGNAL_BASE + error.signal_number)
+        return fail(error, SIGNAL_BASE + error.signal_number)
     except KeyboardInterrupt:
-        return _fail("interrupted: run the same command again to go on", SIGNAL_BASE + SIGINT)
+        return fail("interrupted: run the same command again to go on", SIGNAL_BASE + SIGINT)
     return 0
 
 
@@ -108,7 +108,7 @@ def gathering_main(usage: str, work: Callable[[Path, Path], str]) -> int:
     try:
         print(work(arguments.runs, arguments.out))
     except FileNotFoundError as error:
-        return _fail(error, FAILED)
+        return fail(error, FAILED)
     return 0
 
 
@@ -235,7 +235,8 @@ def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
             yield prefix + key
 
 
-def _fail(error: Exception | str, status: int) -> int:
+def fail(error: Exception | str, status: int) -> int:
+    """Prints one line about what went wrong and returns the exit status."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 

@@ -1,6 +1,7 @@
 """Questions whose answers are spans of a text, as a config describes them."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,11 @@ class QuestionAnswering:
                 "name the questions: --config.dataset.test_split=NAME, and "
                 "--config.dataset.train_split=NAME to train or calibrate on"
             )
-        questions = data.load_questions(dataset.name, split, dataset.data_dir)
+        return self.windows(data.load_questions(dataset.name, split, dataset.data_dir))
+
+    def windows(self, questions: Sequence[data.Question]) -> data.SquadFeatures:
+        """Questions as the model reads them."""
+        dataset = self.config.dataset
         settings = {name: dataset[name] for name in ("length", "stride", "max_question_length")}
         wordpiece = data.WordPiece(self._vocabulary(), lowercase=dataset.lowercase)
         if dataset.cache_dir is None:

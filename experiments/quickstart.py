@@ -39,10 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qat_jax as qj
-from experiments import build, cli, figures, tasks, train
-from qat_jax.training.checkpoint import Checkpoints
-from qat_jax.training.optimizer import make_optimizer
-from qat_jax.training.state import create_state, restore_model
+from experiments import build, cli, figures, runs, tasks, train
 from qat_jax.training.workdir import Workdir
 
 logger = logging.getLogger("experiments.quickstart")  # __name__ is "__main__" on the command line
@@ -179,7 +176,8 @@ def layer_input(recipe: ConfigDict, folder: Path, config: ConfigDict) -> jax.Arr
     """
     task = build.task(recipe)
     source = task.test_source()
-    model = trained_model(recipe, folder)
+    with cli.setup_errors():
+        model = runs.trained_model(recipe, folder)
     layer = _layer(model, config.figure_layer)
     plain = layer.conv_general_dilated
     seen = []
@@ -191,17 +189,6 @@ def layer_input(recipe: ConfigDict, folder: Path, config: ConfigDict) -> jax.Arr
     layer.conv_general_dilated = listen
     model(*tasks.first_inputs(task, source, len(source)))
     return seen[0]
-
-
-def trained_model(recipe: ConfigDict, folder: Path) -> nnx.Module:
-    """The model of a finished run, in evaluation mode."""
-    optimizer = make_optimizer(recipe.optimizer, lambda step: 0.0)  # for its state's shape alone
-    graphdefs, state = create_state(build.quantised_model(recipe), optimizer)
-    with Checkpoints(Workdir(folder).checkpoints_path) as checkpoints:
-        restored = checkpoints.restore(state)
-    if restored is None:
-        raise cli.UsageError(f"{folder} is finished but has no checkpoint: remove it and run again")
-    return restore_model(graphdefs, restored[0])
 
 
 def bars(cells: Mapping[str, Mapping[str, Any]]) -> list[figures.Bar]:

@@ -120,6 +120,16 @@ class Workdir:
             _write_json(self.result_path, result)
         return result
 
+    def settings(self) -> dict[str, Any]:
+        """The settings that the folder's run began with.
+
+        Raises:
+            WorkdirError: the folder holds no run.
+        """
+        if not self.config_path.is_file():
+            raise WorkdirError(f"{self.path} holds no run: name a folder with a config.json")
+        return _read_json(self.config_path)
+
     def result(self) -> dict[str, Any]:
         """The content of result.json."""
         return _read_json(self.result_path)

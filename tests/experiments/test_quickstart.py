@@ -10,7 +10,7 @@ from PIL import Image
 
 import qat_jax as qj
 from configs import quickstart as config_file
-from experiments import build, cli, figures, quickstart
+from experiments import build, cli, figures, quickstart, runs
 
 TWO_CELLS = ("float32", "octav-w2a2")
 
@@ -73,7 +73,7 @@ def test_the_figure_shows_the_trained_float_model(finished):
     seen = quickstart.layer_input(recipe, folder, config)
     assert seen.shape == (360, 4, 4, 8)
     untrained = build.float_model(recipe)
-    trained = quickstart.trained_model(recipe, folder)
+    trained = runs.trained_model(recipe, folder)
     assert not np.array_equal(trained.conv1.kernel[...], untrained.conv1.kernel[...])
 
 

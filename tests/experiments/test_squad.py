@@ -1,11 +1,12 @@
 """Question answering from a file of questions to quantised answers, with a tiny BERT."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
-from experiments import build, cli, ptq, train
+from experiments import answer, build, cli, ptq, train
 
 WORDS = ["red", "blue", "green", "cat", "dog", "bird", "paris", "rome", "who", "was", "where", "?"]
 SMALL = [
@@ -99,6 +100,27 @@ def test_trained_weights_are_quantised_after_training(trained, folder, tmp_path)
     assert metrics["effective_bits"]["bert/layers/0/intermediate/weights"] == pytest.approx(
         4 + 6 / 16 + 32 / 16, abs=0.01
     )
+
+
+def test_a_question_typed_at_a_terminal_is_answered(trained, tmp_path, capsys):
+    (tmp_path / "text").write_text("blue bird . red cat . green dog " * 3)
+    arguments = [f"--checkpoint={trained}", f"--context-file={tmp_path / 'text'}"]
+    assert answer.main([*arguments, "--n-best=2", "where was red?"]) == 0
+    printed = capsys.readouterr().out
+    assert re.match(r"1\. \w+.*  \d+%\n2\. \w", printed)
+    assert "green dog" in printed
+
+
+@pytest.mark.parametrize(
+    ("run", "text", "message"),
+    [("none", "text", "holds no run"), ("trained", "none", "No such file")],
+)
+def test_what_cannot_be_answered_is_told(trained, tmp_path, capsys, run, text, message):
+    (tmp_path / "text").write_text("red cat")
+    folder = trained if run == "trained" else tmp_path / run
+    arguments = [f"--checkpoint={folder}", f"--context-file={tmp_path / text}", "where?"]
+    assert answer.main(arguments) == cli.WRONG_USAGE
+    assert message in capsys.readouterr().err
 
 
 def test_a_vocabulary_has_to_be_named(folder, tmp_path, capsys):

@@ -1,0 +1,99 @@
+"""Answer a question about a text with a network that `experiments.train` fine-tuned.
+
+Usage:
+    python -m experiments.answer --checkpoint=RUN (--context-file=FILE | --context=TEXT) "QUESTION"
+
+RUN is the folder of a finished run of a question-answering config, quantised or not; the network is
+used as it was trained. Nothing is downloaded.
+
+Example:
+    python -m experiments.answer --checkpoint=runs/squad-4 \
+        --context="Paris is the capital of France." "What is the capital of France?"
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.text import Text
+
+from experiments import build, cli, runs, tasks
+from experiments.questions import QuestionAnswering
+from qat_jax import data
+from qat_jax.training.workdir import Workdir, WorkdirError
+
+_MARGIN = 80  # characters of the context that are shown on each side of the answer
+
+
+def answer(run: Path, context: str, question: str, n_best: int) -> list[data.RankedAnswer]:
+    """The likeliest answers of a trained network, the best first.
+
+    Args:
+        run: the folder of a finished run.
+        context: the text that holds the answer.
+        question: what is asked.
+        n_best: how many at most.
+
+    Raises:
+        cli.UsageError: there is no such run, or it is of another kind.
+    """
+    with cli.setup_errors():
+        config = ConfigDict(Workdir(run).settings())
+        task = build.task(config)
+        if not isinstance(task, QuestionAnswering):
+            raise ValueError(f"{run} is a run of {config.task}: give one of question_answering")
+        source = task.windows([data.Question("asked", question, context, ())])
+        inputs = tasks.first_inputs(task, source, len(source))
+        model = runs.trained_model(config, run, *inputs)
+    logits = np.asarray(jax.jit(lambda *inputs: model(*inputs))(*inputs))
+    limits = {"max_answer_tokens": config.answers.max_answer_tokens}
+    return data.ranked_answers(source, logits, n_best=n_best, **limits)["asked"]
+
+
+def show(console: Console, context: str, answers: Sequence[data.RankedAnswer]) -> None:
+    """Prints answers, and the best one where it stands."""
+    if not answers:
+        console.print("no answer: the context has no words")
+        return
+    for number, ranked in enumerate(answers, start=1):
+        console.print(f"{number}. {ranked.text}  [dim]{ranked.probability:.0%}[/dim]")
+    best = answers[0]
+    at = context.index(best.text)
+    first, past = max(at - _MARGIN, 0), at + len(best.text) + _MARGIN
+    around = Text(context[first:past].replace("\n", " "))
+    around.stylize("bold reverse", at - first, at - first + len(best.text))
+    console.print()
+    console.print("…" if first else "", around, "…" if past < len(context) else "", sep="")
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit status: 0 answered, 2 wrong usage."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="see above")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--context-file", type=Path, help="a text file that holds the answer")
+    where.add_argument("--context", help="the text itself")
+    parser.add_argument("--n-best", type=int, default=3, help="how many answers to show")
+    parser.add_argument("question")
+    arguments = parser.parse_args(argv)
+    try:
+        context = arguments.context
+        if context is None:
+            with cli.setup_errors():
+                context = arguments.context_file.read_text("utf-8")
+        answers = answer(arguments.checkpoint, context, arguments.question, arguments.n_best)
+    except (cli.UsageError, WorkdirError) as error:
+        return cli.fail(error, cli.WRONG_USAGE)
+    show(Console(highlight=False), context, answers)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

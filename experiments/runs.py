@@ -1,0 +1,40 @@
+"""The networks of finished runs."""
+
+from pathlib import Path
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+import qat_jax as qj
+from experiments import build
+from qat_jax.training.checkpoint import Checkpoints
+from qat_jax.training.optimizer import make_optimizer
+from qat_jax.training.state import create_state, restore_model
+from qat_jax.training.workdir import Workdir
+
+
+def trained_model(config: ConfigDict, folder: Path, *example: jax.Array) -> nnx.Module:
+    """The model of a finished run of `experiments.train`, in evaluation mode.
+
+    Args:
+        config: the run's.
+        folder: the run's.
+        *example: what the model is called with, of any size; needed where thresholds are static.
+
+    Raises:
+        ValueError: the folder has no checkpoint.
+    """
+    untrained = config.copy_and_resolve_references()
+    untrained.model.pretrained = None  # the file may be gone, and its weights are not these
+    model = build.quantised_model(untrained)
+    if config.quant.static_batches:  # makes a place for the thresholds that the checkpoint has
+        qj.calibrate(model, [example])
+    optimizer = make_optimizer(config.optimizer, lambda step: 0.0)  # for its state's shape alone
+    averages = config.get("average_decay", 0.0) > 0
+    graphdefs, state = create_state(model, optimizer, averages=averages)
+    with Checkpoints(Workdir(folder).checkpoints_path) as checkpoints:
+        restored = checkpoints.restore(state)
+    if restored is None:
+        raise ValueError(f"{folder} has no checkpoint: name the folder of a finished training run")
+    return restore_model(graphdefs, restored[0])
