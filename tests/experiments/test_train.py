@@ -270,7 +270,7 @@ def test_a_diverging_run_says_so(tmp_path, capsys):
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10_resnet20"])
+@pytest.mark.parametrize("name", ["digits", "cifar10_resnet20", "imagenet_mobilenet_v1"])
 def test_configs_are_complete(name):
     module = importlib.import_module(f"configs.{name}")
     config = module.get_config("bits=3,gradient=mad")
