@@ -167,6 +167,7 @@ def test_windows_of_a_context_that_is_too_long(wordpiece):
     ]
     assert windows.lengths.tolist() == [8, 8, 7]
     assert list(zip(windows.start, windows.end, strict=True)) == [(5, 6), (0, 0), (0, 0)]
+    assert (windows[0]["start"], windows[0]["end"]) == (5, 6)
     last = windows[2]
     assert last["token_types"].tolist() == [0, 0, 0, 0, 1, 1, 1, 0]
     assert last["token_mask"].tolist() == [True] * 7 + [False]
