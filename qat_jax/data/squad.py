@@ -9,6 +9,7 @@ import gzip
 import json
 import lzma
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ _DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.decompress,
     ".gz": gzip.decompress,
 }
+# What a file raises that is damaged, or holds something else.
+_DAMAGE = (ValueError, TypeError, EOFError, OSError, lzma.LZMAError, zlib.error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,7 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
         questions = list(_of_json(json.loads(content)))
     except KeyError as error:
         raise DataError(f"{path} is not in SQuAD's format: something has no {error}") from error
-    except (ValueError, TypeError, EOFError, OSError, lzma.LZMAError) as error:
+    except _DAMAGE as error:
         raise DataError(f"{path} cannot be read as SQuAD's JSON: {error}") from error
     if not questions:
         raise DataError(f"{path} has no question: choose another file")

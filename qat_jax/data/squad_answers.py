@@ -31,7 +31,9 @@ def ranked_answers(
     """The best spans of each question over all of its windows, the best first.
 
     A window's spans start at one of its `n_best` best starts and end at one of its `n_best` best
-    ends, in the context, start before end.
+    ends, in the context, start before end. A span that several windows have counts with its best
+    score; BERT's own evaluation takes it only from the window that has most context around its
+    start.
 
     Args:
         features: the windows.

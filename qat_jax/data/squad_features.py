@@ -8,8 +8,9 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,16 @@ from qat_jax.data.squad import Answer, Question
 QUESTION_FIELDS: tuple[str, ...] = ("tokens", "token_types", "token_mask", "start", "end")
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _FORMAT = 1  # of cached files: raise it with every change to what they hold
+# What a damaged file raises; flags of a zip file that NumPy never sets are RuntimeErrors.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class WordPiece:
@@ -40,9 +51,9 @@ class WordPiece:
         path = Path(vocabulary)
         if not path.is_file():
             raise DataError(f"no vocabulary at {path}: name a vocab.txt")
-        numbers = {
-            token: number for number, token in enumerate(path.read_text("utf-8").splitlines())
-        }
+        # Not `splitlines`: vocabularies of many languages have tokens that it takes for line ends.
+        tokens = path.read_text("utf-8").removesuffix("\n").split("\n")
+        numbers = {token: number for number, token in enumerate(tokens)}
         missing = [token for token in _SPECIAL if token not in numbers]
         if missing:
             raise DataError(f"{path} is no vocabulary of BERT's: it has no {', '.join(missing)}")
@@ -97,16 +108,23 @@ class SquadFeatures:
             `tokens` and `token_types`, int32 [L]; `token_mask`, bool [L], False for padding;
             `start` and `end`, int32.
         """
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int], /) -> list[dict[str, Any]]:
+        """Several windows, each as `__getitem__` gives it."""
         positions = np.arange(self.tokens.shape[1])
-        in_window = positions < self.lengths[index]
-        of_context = in_window & (positions >= self.context_start[index])
-        return {
-            "tokens": self.tokens[index],
-            "token_types": of_context.astype(np.int32),
-            "token_mask": in_window,
-            "start": self.start[index],
-            "end": self.end[index],
-        }
+        in_window = positions < self.lengths[indices, None]
+        of_context = in_window & (positions >= self.context_start[indices, None])
+        columns = (
+            self.tokens[indices],
+            of_context.astype(np.int32),
+            in_window,
+            self.start[indices],
+            self.end[indices],
+        )
+        return [
+            dict(zip(QUESTION_FIELDS, window, strict=True)) for window in zip(*columns, strict=True)
+        ]
 
 
 def make_features(
@@ -124,7 +142,7 @@ def make_features(
         wordpiece: how.
         length: tokens of a window, L.
         stride: tokens from the start of a window of a context to the start of the next (BERT's
-            "doc_stride").
+            "doc_stride"): a step. What others call a stride may be the overlap instead.
         max_question_length: tokens of a question that are kept.
 
     Raises:
@@ -180,7 +198,10 @@ def cached_features(
     questions: Sequence[Question],
     wordpiece: WordPiece,
     folder: str | os.PathLike[str],
-    **settings: int,
+    *,
+    length: int = 384,
+    stride: int = 128,
+    max_question_length: int = 64,
 ) -> SquadFeatures:
     """What `make_features` makes, kept in a folder for the next time.
 
@@ -189,16 +210,19 @@ def cached_features(
         wordpiece: likewise.
         folder: where; it is made if it is not there. A file's name tells what it was made of, so
             that a change of anything makes another file; a damaged file is made again.
-        **settings: of `make_features`.
+        length: as of `make_features`.
+        stride: likewise.
+        max_question_length: likewise.
     """
     folder = Path(folder)
+    settings = {"length": length, "stride": stride, "max_question_length": max_question_length}
     content = [_FORMAT, wordpiece.fingerprint, settings, [*map(dataclasses.astuple, questions)]]
     name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
     path = folder / f"squad-{name}.npz"
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return SquadFeatures(tuple(questions), **arrays)
-    except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile, TypeError):
+    except _DAMAGE:  # or not there
         features = make_features(questions, wordpiece, **settings)
     arrays = {
         field.name: getattr(features, field.name)
@@ -207,9 +231,13 @@ def cached_features(
     }
     folder.mkdir(parents=True, exist_ok=True)
     # Never a half-written file under the right name, whatever ends the process.
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
-        np.savez_compressed(file, **arrays)
-    os.replace(file.name, path)
+    draft = folder / f".{uuid.uuid4().hex}.part"
+    try:
+        with draft.open("xb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
     return features
 
 
@@ -251,8 +279,6 @@ def _windows(
             shift = len(asked) + 2 - first
             answer = (span[0] + shift, span[1] + shift)
         windows.append(_Window(index, asked, context[first:past], offsets[first:past], answer))
-        if past == len(context):
-            break
     return windows
 
 

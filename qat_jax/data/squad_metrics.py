@@ -1,4 +1,8 @@
-"""Exact match and F1 of answers, as SQuAD's official evaluation defines them."""
+"""Exact match and F1 of answers, as SQuAD's official evaluation defines them.
+
+Of version 2.0, which differs from version 1.1's only where an answer or a prediction is nothing
+but articles and punctuation.
+"""
 
 import re
 import string

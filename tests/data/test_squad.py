@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qat_jax.data import (
+    QUESTION_FIELDS,
     Answer,
     DataError,
     Question,
@@ -92,6 +93,19 @@ def test_examples_of_tfds_are_the_same_questions():
     assert squad._of_tfds(example) == asked("é b.")
 
 
+def test_sets_of_tfds_are_opened_by_name(monkeypatch):
+    opened = []
+
+    def load_source(*arguments):
+        opened.append(arguments)
+        answers = {"text": [b"b"], "answer_start": [2]}
+        return [{"id": b"q", "question": b"a b", "context": b"a b", "answers": answers}]
+
+    monkeypatch.setattr(squad, "load_source", load_source)
+    assert load_questions("squad/v2.0", "train[:1]", "folder") == [asked("a b", "b")]
+    assert opened == [("squad/v2.0", "train[:1]", "folder")]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -109,6 +123,23 @@ def test_other_files_are_refused(tmp_path, content, message):
     (tmp_path / "x.xz").write_text(content)
     with pytest.raises(DataError, match="cannot be read"):
         read_questions(tmp_path / "x.xz")
+
+
+def test_a_damaged_byte_of_a_packed_file_is_named(tmp_path):
+    raw = gzip.compress(file_of(asked("a b", "b")).encode(), mtime=0)
+    for at in range(10, len(raw)):  # after the header, of which some says nothing
+        damaged = raw[:at] + bytes([raw[at] ^ 0xFF]) + raw[at + 1 :]
+        (tmp_path / "x.gz").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"x\.gz cannot be read"):
+            read_questions(tmp_path / "x.gz")
+
+
+def test_a_token_may_be_a_character_that_ends_lines_elsewhere(tmp_path):
+    tokens = [*SPECIAL, "a", "\u2028", "\x85", "b"]
+    for end in ("", "\n"):
+        (tmp_path / "vocab.txt").write_bytes(("\n".join(tokens) + end).encode())
+        ((numbers, _),) = WordPiece(tmp_path / "vocab.txt").encode(["a b"])
+        assert numbers.tolist() == [4, 7]
 
 
 def test_files_and_vocabularies_have_to_be_there(tmp_path):
@@ -136,6 +167,7 @@ def test_windows_of_a_context_that_is_too_long(wordpiece):
     ]
     assert windows.lengths.tolist() == [8, 8, 7]
     assert list(zip(windows.start, windows.end, strict=True)) == [(5, 6), (0, 0), (0, 0)]
+    assert (windows[0]["start"], windows[0]["end"]) == (5, 6)
     last = windows[2]
     assert last["token_types"].tolist() == [0, 0, 0, 0, 1, 1, 1, 0]
     assert last["token_mask"].tolist() == [True] * 7 + [False]
@@ -210,6 +242,57 @@ def test_windows_are_kept_for_the_next_time(wordpiece, tmp_path, monkeypatch):
     assert len(list((tmp_path / "new").iterdir())) == 3
 
 
+def test_every_setting_makes_a_file_of_its_own(tmp_path):
+    questions = [asked("a B", "B")]
+    for name, tokens in (("one.txt", ["a", "b"]), ("two.txt", ["b", "a"])):
+        (tmp_path / name).write_text("\n".join([*SPECIAL, *tokens]))
+    one_path = tmp_path / "one.txt"
+    one, two = WordPiece(one_path), WordPiece(tmp_path / "two.txt")
+    folder = tmp_path / "cache"
+    makers = [
+        lambda: cached_features(questions, one, folder, length=384),
+        lambda: cached_features(questions, two, folder),
+        lambda: cached_features(questions, WordPiece(one_path, lowercase=False), folder),
+        lambda: cached_features(questions, one, folder, stride=127),
+        lambda: cached_features(questions, one, folder, max_question_length=63),
+        lambda: cached_features([asked("a B", "a")], one, folder),
+    ]
+    for count, make in enumerate(makers, start=1):
+        make()
+        assert len(list(folder.iterdir())) == count
+    cached_features(questions, one, folder, stride=128)  # says what the first one left unsaid
+    assert len(list(folder.iterdir())) == len(makers)
+
+
+def test_a_damaged_file_is_made_again(wordpiece, tmp_path):
+    questions = [asked("a b c", "b")]
+    first = cached_features(questions, wordpiece, tmp_path, **LONG)
+    (path,) = tmp_path.iterdir()
+    raw = path.read_bytes()
+    for at in range(0, len(raw), 7):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 0xFF]) + raw[at + 1 :])
+        same(cached_features(questions, wordpiece, tmp_path, **LONG), first)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_end_in_the_middle_leaves_nothing(wordpiece, tmp_path, monkeypatch):
+    def stop(file, **arrays):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez_compressed", stop)
+    with pytest.raises(KeyboardInterrupt):
+        cached_features([asked("a", "a")], wordpiece, tmp_path, **LONG)
+    assert not list(tmp_path.iterdir())
+
+
+def test_others_may_read_what_is_kept_if_they_may_read_files(wordpiece, tmp_path):
+    (tmp_path / "plain").touch()
+    cached_features([asked("a", "a")], wordpiece, tmp_path / "new", **LONG)
+    (path,) = (tmp_path / "new").iterdir()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def same(ours, theirs):
     for field in dataclasses.fields(SquadFeatures):
         np.testing.assert_array_equal(getattr(ours, field.name), getattr(theirs, field.name))
@@ -223,6 +306,15 @@ def test_batches_have_the_fields_of_the_model(wordpiece):
     assert batches[1]["mask"].tolist() == [True, False]
     assert batches[0]["tokens"].shape == (2, 99)
     assert batches[0]["start"].dtype == np.int32
+
+
+def test_many_windows_at_once_are_each_of_them(wordpiece):
+    source = make_features([asked("a b c", "b"), asked("c", "c", name="r")], wordpiece, **LONG)
+    for ours, theirs in zip(source.__getitems__([1, 0, 1]), [1, 0, 1], strict=True):
+        assert list(ours) == list(QUESTION_FIELDS)
+        for name, value in source[theirs].items():
+            np.testing.assert_array_equal(ours[name], value)
+            assert ours[name].dtype == value.dtype
 
 
 def test_ranked_answers_are_those_of_a_plain_search(wordpiece):
@@ -278,6 +370,9 @@ def test_scores_by_hand():
     assert scores == {"exact_match": 1 / 3, "f1": pytest.approx(5 / 9), "count": 3}
     with pytest.raises(ValueError, match="no question"):
         score({}, [])
+    vacuous = Question("q", "a", ". b", (Answer(".", 0), Answer("b", 2)))
+    assert score({"q": "the"}, [vacuous])["exact_match"] == 0  # "." does not count as an answer
+    assert score({"q": "b"}, [vacuous])["exact_match"] == 1
 
 
 def test_right_logits_give_right_answers_on_real_questions(shared_data, tmp_path):
