@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
@@ -27,13 +28,39 @@ from qat_jax.models import (
 from qat_jax.safetensors_file import read_arrays
 
 FLOAT_BITS = 32
+
+
+class MaskedBert(BertForQuestionAnswering):
+    """A BERT whose quantisers see no padding, unless it is asked for.
+
+    Args:
+        size: the arguments of `BertSize`.
+        ignore_padding: whether the quantisers take what is at padding for zeros.
+        **settings: of `BertForQuestionAnswering`.
+    """
+
+    def __init__(self, *, size: dict[str, int], ignore_padding: bool = True, **settings: Any):
+        super().__init__(BertSize(**size), **settings)
+        self.ignore_padding = ignore_padding
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        token_types: jax.Array | None = None,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """See `BertForQuestionAnswering`."""
+        with qj.ignore_padding(mask if self.ignore_padding else None):
+            return super().__call__(tokens, token_types, mask)
+
+
 _MODELS: dict[str, Callable[..., nnx.Module]] = {
     "cifar_resnet": CifarResNet,
     "resnet": ResNet,
     "mobilenet_v1": MobileNetV1,
     "mobilenet_v2": MobileNetV2,
     "mobilenet_v3": MobileNetV3,
-    "bert": lambda size, **settings: BertForQuestionAnswering(BertSize(**size), **settings),
+    "bert": MaskedBert,
 }
 # Names of the first convolution and of the classifier, which papers keep at 8 bits.
 _ENDS: dict[str, tuple[str | None, str]] = {

@@ -17,6 +17,7 @@ from qat_jax.nnx import (
 )
 from qat_jax.notation import Notation
 from qat_jax.ops import conv_general_dilated, dot_general, einsum
+from qat_jax.padding import ignore_padding
 from qat_jax.policy import Policy, Rule, preset, uniform_policy
 from qat_jax.quantizer import QTensor, Quantizer, dequantize, fake_quant, quantize
 from qat_jax.scales import E4M3, E8M0, FloatScale, IntScale
@@ -60,6 +61,7 @@ __all__ = [
     "fake_quant",
     "fake_quant_with_diagnostics",
     "fold_batch_norm",
+    "ignore_padding",
     "load_thresholds",
     "model_storage",
     "octav",

@@ -16,6 +16,7 @@ from flax import linen as nn
 from qat_jax import ops
 from qat_jax.diagnostics import fake_quant_with_diagnostics
 from qat_jax.granularity import ChannelAxis, VectorAxis
+from qat_jax.padding import QUERIES, TOKENS, without_padding
 from qat_jax.policy import Policy, Rule, preset_for_layers
 from qat_jax.quantizer import Quantizer
 from qat_jax.report import LayerReport, Report
@@ -142,8 +143,14 @@ def _attention(module: Any, rule: Rule, args: tuple, kwargs: dict) -> dict[str, 
         return {}
     quantizer = rule.activations
     query, key, weights, value = (
-        _Operand(module, quantizer, f"{name}_operand")  # "query" is the name of a sublayer
-        for name in ("query", "key", "attention_weights", "value")
+        # "query" is the name of a sublayer.
+        _Operand(module, quantizer, f"{name}_operand", axes)
+        for name, axes in [
+            ("query", TOKENS),
+            ("key", TOKENS),
+            ("attention_weights", QUERIES),
+            ("value", TOKENS),
+        ]
     )
 
     @functools.wraps(nn.dot_product_attention)  # the layer passes what the signature names
@@ -200,10 +207,12 @@ class _Operand:
     module: nn.Module
     quantizer: Quantizer
     name: str
+    token_axes: tuple[int, int] | None = TOKENS
 
     def __call__(
         self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
     ) -> jax.Array:
+        x = without_padding(x, self.token_axes)
         if not self.module.is_mutable_collection(COLLECTION):
             return self.quantizer(x, channel_axis, vector_axis)
         x, diagnostics = fake_quant_with_diagnostics(
@@ -217,7 +226,7 @@ def _operands(module: nn.Module, rule: Rule) -> tuple[_Operand | None, _Operand 
     """The quantisers of a layer's input and kernel."""
     return (
         None if rule.activations is None else _Operand(module, rule.activations, "activations"),
-        None if rule.weights is None else _Operand(module, rule.weights, "weights"),
+        None if rule.weights is None else _Operand(module, rule.weights, "weights", None),
     )
 
 

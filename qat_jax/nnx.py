@@ -19,6 +19,7 @@ from jax import lax
 from qat_jax import ops
 from qat_jax.diagnostics import Diagnostics, fake_quant_with_diagnostics
 from qat_jax.granularity import ChannelAxis, VectorAxis
+from qat_jax.padding import QUERIES, TOKENS, without_padding
 from qat_jax.policy import Policy, Rule, preset_for_layers
 from qat_jax.quantizer import Quantizer, fake_quant, quantize
 from qat_jax.report import LayerReport, Report
@@ -55,17 +56,20 @@ class OperandQuantizer(nnx.Module):
 
     Attributes:
       quantizer: the description (static).
+      token_axes: the operand's axes of examples and of positions, if it can have padding (static).
       threshold: thresholds found before (see `calibration`); None: found anew in each call.
     """
 
-    def __init__(self, quantizer: Quantizer) -> None:
+    def __init__(self, quantizer: Quantizer, token_axes: tuple[int, int] | None = TOKENS) -> None:
         self.quantizer = quantizer
+        self.token_axes = token_axes
         self.threshold: Threshold | None = nnx.data(None)
 
     def __call__(
         self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
     ) -> jax.Array:
         """Fake quantisation of x."""
+        x = without_padding(x, self.token_axes)
         axes: dict[str, Any] = {"channel_axis": channel_axis, "vector_axis": vector_axis}
         if _captures(self, Candidate):
             self.sow(Candidate, "candidates", self.quantizer.threshold(x, **axes))
@@ -98,7 +102,7 @@ class QuantizedOp(nnx.Module):
     def __init__(self, op: Callable[..., jax.Array], rule: Rule) -> None:
         self.op = op
         self.activations = _operand(rule.activations)
-        self.weights = _operand(rule.weights)
+        self.weights = _operand(rule.weights, None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """The operation, of quantised operands."""
@@ -121,7 +125,7 @@ class QuantizedPromotion(nnx.Module):
         self.promote = promote
         self.kernel_axes = kernel_axes
         self.activations = _operand(rule.activations)
-        self.weights = _operand(rule.weights)
+        self.weights = _operand(rule.weights, None)
 
     def __call__(self, arrays: tuple, **kwargs: Any) -> tuple:
         """Promote (input, kernel, bias) to a common dtype, then quantise the first two."""
@@ -148,7 +152,7 @@ class QuantizedAttention(nnx.Module):
     def __init__(self, quantizer: Quantizer) -> None:
         self.query = OperandQuantizer(quantizer)
         self.key = OperandQuantizer(quantizer)
-        self.attention_weights = OperandQuantizer(quantizer)
+        self.attention_weights = OperandQuantizer(quantizer, QUERIES)
         self.value = OperandQuantizer(quantizer)
 
     def __call__(
@@ -428,8 +432,10 @@ def _installed(site: _Site, operand: str) -> Quantizer | None:
     return getattr(replacement, "quantizer", None)
 
 
-def _operand(quantizer: Quantizer | None) -> OperandQuantizer | None:
-    return None if quantizer is None else OperandQuantizer(quantizer)
+def _operand(
+    quantizer: Quantizer | None, token_axes: tuple[int, int] | None = TOKENS
+) -> OperandQuantizer | None:
+    return None if quantizer is None else OperandQuantizer(quantizer, token_axes)
 
 
 def _captures(module: nnx.Module, kind: type[nnx.Variable]) -> bool:

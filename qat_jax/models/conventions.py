@@ -77,7 +77,8 @@ class Convention:
 
 def of_model(model: nnx.Module) -> tuple[Convention, ...]:
     """The conventions in which there are weights of such a model; the first is its own."""
-    return _CONVENTIONS.get(type(model), (_TORCH,))
+    families = (_CONVENTIONS[kind] for kind in type(model).__mro__ if kind in _CONVENTIONS)
+    return next(families, (_TORCH,))
 
 
 def _huggingface_unit(layer: str) -> tuple[str, str]:
