@@ -53,8 +53,8 @@ def test_the_rest_of_the_batch_is_as_if_there_were_no_padding(clipping):
 
 
 def test_a_sequence_alone_has_the_thresholds_that_it_has_with_padding():
-    # The mean, which OCTAV starts from, would see the attention of padded queries.
-    model = qj.quantize_model(Encoder(nnx.Rngs(0)), policy(qj.Octav(0)))
+    # The maximum would not see the attention of padded queries, which is even.
+    model = qj.quantize_model(Encoder(nnx.Rngs(0)), policy(qj.Octav()))
     model.eval()
     x = padded(50.0)[:1]
     with qj.ignore_padding(MASK[:1]):
