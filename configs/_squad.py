@@ -108,5 +108,6 @@ def squad_ptq_config(experiment: str, training: ConfigDict, arg: str) -> ConfigD
             "answers": training.answers,
             "batch_size": 16,
             **ptq_config(arg),
+            "tables": ("bert_calibrators", "bert_vectors", "bert_scales"),
         }
     )

@@ -5,7 +5,7 @@ Usage:
 
 Reads every DIR/*/result.json and writes, for each table TABLE, results/NAME_TABLE.csv and .png; and
 results/NAME.json, which has each run's command, commit, versions, device and seed. What VS-Quant
-(arXiv:2102.04503) published for ResNet-50 on ImageNet stands beside, labelled as published.
+(arXiv:2102.04503) published for ResNet-50 or BERT-base stands beside, labelled as published.
 """
 
 import csv
@@ -19,48 +19,7 @@ from matplotlib.figure import Figure
 
 from experiments import cli
 from experiments.collect import without_folders
-
-# ImageNet top-1 of ResNet-50 (76.16 in float), per cent: VS-Quant's tables 2 to 5, as published.
-PUBLISHED_FLOAT = 76.16
-_PUBLISHED_CALIBRATORS = {
-    "3/3U": (0.18, 6.61, 7.11, 4.6, 1.54, 0.45, 0.23),
-    "4/4U": (60.31, 70.76, 70.46, 70.55, 68.71, 66.47, 55.27),
-    "6/6U": (75.43, 75.79, 75.24, 75.8, 75.73, 75.66, 75.34),
-    "8/8U": (76.16, 76.13, 75.37, 76.07, 76.11, 76.07, 76.06),
-}
-_PUBLISHED_SCALES = {
-    "4/3U": (72.64, 73.51, 73.53, 74.33, 73.82, 74.69, 74.71),
-    "4/4U": (73.39, 74.2, 74.36, 75.04, 74.58, 75.35, 75.28),
-    "4/8U": (73.65, 74.42, 74.66, 75.21, 74.83, 75.42, 75.42),
-    "6/6U": (74.69, 75.13, 75.13, 75.74, 75.4, 75.96, 76.0),
-}
-_CALIBRATORS = ("max", "entropy", "p99.9", "p99.99", "p99.999", "p99.9999", "mse")
-BEST_PER_CHANNEL = "best per channel"
-_SCALES = ("3/4", "3/6", "4/4", "4/6", "6/4", "6/6", "fp32/fp32")
-PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
-    "calibrators": {
-        row: dict(zip(_CALIBRATORS, values, strict=True))
-        for row, values in _PUBLISHED_CALIBRATORS.items()
-    },
-    "vectors": {
-        row: {"V16 max": value, BEST_PER_CHANNEL: max(_PUBLISHED_CALIBRATORS[row])}
-        for row, value in {"3/3U": 69.78, "4/4U": 75.28, "6/6U": 76.0, "8/8U": 76.15}.items()
-    },
-    "sizes": {
-        "6/6U": {
-            "1": 76.13,
-            "2": 76.08,
-            "4": 76.05,
-            "8": 76.05,
-            "16": 76.0,
-            "32": 75.96,
-            "64": 75.96,
-        }
-    },
-    "scales": {
-        row: dict(zip(_SCALES, values, strict=True)) for row, values in _PUBLISHED_SCALES.items()
-    },
-}
+from experiments.published import BEST_PER_CHANNEL, PUBLISHED
 
 TITLES = {
     "calibrators": "static thresholds by calibrator, one scale an output channel or layer",
@@ -71,6 +30,9 @@ TITLES = {
     "order": "which scale is found first, and what codes come from",
     "batch_norm": "clipping of the weights, batch norms as they were or re-estimated",
     "depthwise": "what depthwise layers need",
+    "bert_calibrators": "static thresholds by calibrator, one scale an output feature or layer",
+    "bert_vectors": "vectors of 16 with floating-point scales against the best calibrator",
+    "bert_scales": "bits of the scales of weights / activations, vectors of 16",
 }
 _TICKS = (-2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 80)
 
@@ -99,16 +61,16 @@ def write(runs: Path, out: Path) -> list[Path]:
         cell
         for result in results
         for cell in result["metrics"]["cells"]
-        if cell["table"] == "calibrators"
+        if cell["table"].endswith("calibrators")
     ]
     for result in results:
         metrics = result["metrics"]
         for table in dict.fromkeys(cell["table"] for cell in metrics["cells"]):
             cells = [cell for cell in metrics["cells"] if cell["table"] == table]
-            if table == "vectors":
+            if table.endswith("vectors"):
                 cells += _best_per_channel(per_channel, {cell["row"] for cell in cells})
             stem = f"{out.name}_{table}"
-            _write_csv(cells, metrics["float_accuracy"], out.with_name(f"{stem}.csv"))
+            _write_csv(cells, metrics["float_accuracy"], table, out.with_name(f"{stem}.csv"))
             _draw(cells, metrics, result["experiment"], table, out.with_name(f"{stem}.png"))
             written += [out.with_name(f"{stem}.csv"), out.with_name(f"{stem}.png")]
     return written
@@ -121,7 +83,7 @@ def _best_per_channel(cells: list[dict[str, Any]], rows: set[str]) -> list[dict[
         row = cell["row"]
         if row in rows and cell["accuracy"] > best.get(row, {"accuracy": -1})["accuracy"]:
             best[row] = cell
-    return [cell | {"table": "vectors", "column": BEST_PER_CHANNEL} for cell in best.values()]
+    return [cell | {"column": BEST_PER_CHANNEL} for cell in best.values()]
 
 
 def _summary(result: dict[str, Any]) -> dict[str, Any]:
@@ -137,21 +99,14 @@ def _summary(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_csv(cells: list[dict[str, Any]], float_accuracy: float, path: Path) -> None:
+def _write_csv(cells: list[dict[str, Any]], float_accuracy: float, table: str, path: Path) -> None:
+    published = PUBLISHED.get(table)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            [
-                "row",
-                "column",
-                "accuracy_percent",
-                "float_percent",
-                "bits_per_parameter",
-                "published_resnet50_imagenet_percent",
-            ]
-        )
+        names = ["row", "column", "accuracy_percent", "float_percent", "bits_per_parameter"]
+        writer.writerow([*names, *([published.column] if published else [])])
         for cell in cells:
-            published = PUBLISHED.get(cell["table"], {}).get(cell["row"], {}).get(cell["column"])
+            theirs = published.values.get(cell["row"], {}) if published else {}
             writer.writerow(
                 [
                     cell["row"],
@@ -159,7 +114,7 @@ def _write_csv(cells: list[dict[str, Any]], float_accuracy: float, path: Path) -
                     f"{100 * cell['accuracy']:.1f}",
                     f"{100 * float_accuracy:.1f}",
                     f"{cell['bits_per_parameter']:.3f}",
-                    "" if published is None else published,
+                    *([theirs.get(cell["column"], "")] if published else []),
                 ]
             )
 
@@ -172,12 +127,13 @@ def _draw(
     path: Path,
 ) -> None:
     """A line for each row over the columns: points lost against float."""
-    published = PUBLISHED.get(table, {})
+    published = PUBLISHED.get(table)
+    theirs = published.values if published else {}
     found: dict[str, dict[str, float]] = {}
     for cell in cells:
         found.setdefault(cell["row"], {})[cell["column"]] = 100 * cell["accuracy"]
-    if table == "vectors":  # there the rows are what is compared
-        found, published = _transposed(found), _transposed(published)
+    if table.endswith("vectors"):  # there the rows are what is compared
+        found, theirs = _transposed(found), _transposed(theirs)
     figure = Figure(figsize=(13 if published else 9, 4.8), layout="constrained")
     axes = figure.subplots(1, 2 if published else 1, sharey=True, squeeze=False)
     colours = {row: f"C{number}" for number, row in enumerate(found)}
@@ -188,8 +144,8 @@ def _draw(
     axes[0, 0].axhspan(-error, error, color="grey", alpha=0.15, label="± 1 standard error")
     axes[0, 0].set_ylabel("points below float")
     if published:
-        title = f"as published: ResNet-50, ImageNet, float {PUBLISHED_FLOAT} %"
-        _lines(axes[0, 1], published, PUBLISHED_FLOAT, title, colours)
+        title = f"as published: {published.network}, float {published.in_float} %"
+        _lines(axes[0, 1], theirs, published.in_float, title, colours)
     low, high = sorted(axes[0, 0].get_ylim())  # shared by both
     ticks = [tick for tick in _TICKS if low <= tick <= high]
     axes[0, 0].set_yticks(ticks, labels=map(str, ticks))

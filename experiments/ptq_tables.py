@@ -17,6 +17,8 @@ the end DIR gets result.json.
     batch_norm   what re-estimating batch norms after quantisation gives back
     depthwise    what the layers of one input feature need: MobileNet with
                  --config.fold_batch_norm=False, since batch norms are re-estimated
+    bert_calibrators, bert_vectors, bert_scales
+                 the same for BERT: other bits, signed activations          (tables 2, 3, 6)
 
 --config.tables=calibrators,vectors picks some. Figures and CSVs are made by
 `python -m experiments.ptq_figures`.
@@ -44,7 +46,8 @@ logger = logging.getLogger("experiments.ptq_tables")
 CALIBRATORS = ("max", "entropy", "p99.9", "p99.99", "p99.999", "p99.9999", "mse", "octav", "exact")
 BITS = ("3/3U", "4/4U", "6/6U", "8/8U")
 DEPTHWISE = r".*/depthwise"
-STATIC_BATCHES = 5  # behind static thresholds
+BERT_BITS = ("3/8", "4/8", "6/8", "8/8")
+STATIC_BATCHES, BERT_STATIC_BATCHES = 5, 10  # behind static thresholds
 REESTIMATION = {"": 0, ", batch norms re-estimated": 10}  # and on how many batches
 
 
@@ -137,6 +140,24 @@ def _batch_norm() -> Iterator[tuple[str, str, dict[str, Any]]]:
                 yield notation, f"{clipping}{refit}", changes | _clipping(clipping, "max")
 
 
+def _bert_calibrators() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for bits in ("4/4", "6/6", *BERT_BITS):
+        for name in CALIBRATORS:
+            changes = {"quant.notation": bits, "calibration.batches": BERT_STATIC_BATCHES}
+            yield bits, name, changes | _clipping(name, name)
+
+
+def _bert_vectors() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for bits in BERT_BITS:
+        yield bits, "V16 max", {"quant.notation": f"{bits}/fp32/fp32"}
+
+
+def _bert_scales() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for bits in BERT_BITS:
+        for scales in ("4/8", "4/10", "6/8", "6/10", "fp16/fp16", "fp32/fp32"):
+            yield bits, scales, {"quant.notation": f"{bits}/{scales}"}
+
+
 def _depthwise() -> Iterator[tuple[str, str, dict[str, Any]]]:
     overrides = {"": (), ", depthwise 8/8U": (f"{DEPTHWISE}=8/8U",)}
     for notation in ("8/8U", "4/8U", "4/8U/fp32/fp32", "4/8U/4/6"):
@@ -163,6 +184,9 @@ TABLES = {
     "order": _order,
     "batch_norm": _batch_norm,
     "depthwise": _depthwise,
+    "bert_calibrators": _bert_calibrators,
+    "bert_vectors": _bert_vectors,
+    "bert_scales": _bert_scales,
 }
 
 

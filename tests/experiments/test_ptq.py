@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 import qat_jax as qj
 from experiments import cli, collect, ptq, ptq_figures, ptq_tables
+from experiments.published import PUBLISHED
 from qat_jax.models import CifarResNet, load_weights, save_weights
 
 # Measured with an independent sketch of the same method, batches of 250 images: per cent.
@@ -165,6 +166,31 @@ def test_tables_go_on_where_they_were_stopped(tmp_path, weights, monkeypatch):
     rows = list(csv.DictReader((tmp_path / "figures" / "net_sizes.csv").open()))
     assert [row["column"] for row in rows] == ["1", "2", "4"]
     assert (tmp_path / "figures" / "net_sizes.png").stat().st_size > 5000
+
+
+def test_published_figures_are_the_papers(shared_data):
+    path = shared_data.parent / "reference" / "vsquant_results.json"
+    if not path.is_file():
+        pytest.skip(f"no published figures at {path}")
+    paper = json.loads(path.read_text())
+
+    def rows(table, count):
+        published = PUBLISHED[table].values
+        return {row: list(values.values())[:count] for row, values in published.items()}
+
+    calibrators = paper["table2_per_channel_static"]
+    assert rows("calibrators", 7) == calibrators["resnet50"]
+    assert rows("bert_calibrators", 7) == calibrators["bert_base"]
+    assert list(PUBLISHED["calibrators"].values["3/3U"]) == calibrators["columns"]
+    vectors = paper["table3_fp_per_vector_vs_best_per_channel"]
+    assert rows("vectors", 2) == vectors["resnet50"]
+    assert rows("bert_vectors", 2) == vectors["bert_base"]
+    two_level = paper["table6_7_bert_two_level"]["bert_base"]
+    assert rows("bert_scales", 6) == {row: values[:6] for row, values in two_level.items()}
+    for table, network in [("scales", "resnet50"), ("bert_scales", "bert_base")]:
+        assert PUBLISHED[table].in_float == paper["baselines_fp32"].get(
+            network, paper["baselines_fp32"].get("resnet50_v1.5")
+        )
 
 
 def test_an_unknown_table_is_refused(tmp_path, weights, capsys):
