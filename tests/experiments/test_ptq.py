@@ -185,6 +185,9 @@ def test_published_figures_are_the_papers(shared_data):
     vectors = paper["table3_fp_per_vector_vs_best_per_channel"]
     assert rows("vectors", 2) == vectors["resnet50"]
     assert rows("bert_vectors", 2) == vectors["bert_base"]
+    assert rows("sizes", 7) == {"6/6U": list(paper["table4_resnet50_6bit_vector_size"].values())}
+    resnet = paper["table5_resnet50_two_level"]
+    assert rows("scales", 7) == {row: resnet[row][:7] for row in ("4/3U", "4/4U", "4/8U", "6/6U")}
     two_level = paper["table6_7_bert_two_level"]["bert_base"]
     assert rows("bert_scales", 6) == {row: values[:6] for row, values in two_level.items()}
     for table, network in [("scales", "resnet50"), ("bert_scales", "bert_base")]:
