@@ -93,10 +93,10 @@ were at hand; the counterparts are smaller networks on fewer images.
   [`qat_cifar10_resnet20_held_out.md`](qat_cifar10_resnet20_held_out.md).
 - VS-Quant, tables 2 to 5. CIFAR-10, pretrained ResNet-20 and ResNet-56: `ptq_resnet20_*.csv` and
   `ptq_resnet56_*.csv`. ImageNet, 1,000 validation images, pretrained MobileNet v1 0.75:
-  `ptq_mobilenet_v1_*.csv`; the commands are in the `.json` files. MobileNet's calibrators see folded
-  batch norms, as in the paper; its vectors, their sizes and their scales were measured with batch
-  norms re-estimated and depthwise layers at 8 bits, so that "best per channel" beside them compares
-  more than vectors. `ptq_mobilenet_v1_depthwise.csv` tells these apart.
+  `ptq_mobilenet_v1_*.csv`; the commands are in the `.json` files. MobileNet's calibrators see
+  folded batch norms, as in the paper; its vectors, their sizes and their scales were measured with
+  batch norms re-estimated and depthwise layers at 8 bits, so that "best per channel" beside them
+  compares more than vectors. `ptq_mobilenet_v1_depthwise.csv` tells these apart.
 - VS-Quant, table 9. CIFAR-10, ResNet-20 trained through 3/3U/4/6 vectors:
   [`qat_cifar10_resnet20_vectors.md`](qat_cifar10_resnet20_vectors.md).
 - BERT, of both papers: nothing yet; `configs/squad_bert_*.py` name the published figures.

@@ -3,8 +3,9 @@ import sys
 
 import pytest
 
-from benchmarks import train_step
+from benchmarks import bert_memory, train_step
 from benchmarks.collectives import Traffic, traffic
+from qat_jax.models import BertSize
 
 
 def test_the_benchmark_runs_and_reports_ratios(tmp_path, monkeypatch, capsys):
@@ -44,3 +45,17 @@ def test_collectives_are_counted_as_often_as_they_run():
     assert traffic(PROGRAM) == Traffic(5 + 1 + 2, 5 * 8 + 12 + 2 * (64 + 4))
     with pytest.raises(ValueError, match="nobody knows how often body runs"):
         traffic(PROGRAM.replace("known_trip_count", "unknown"))
+
+
+def test_recomputed_layers_of_bert_keep_their_inputs_alone():
+    def memory(layers, remat, parts=1):
+        size = BertSize(layers, hidden=32, heads=2, intermediate=128, vocabulary=50, positions=64)
+        return bert_memory.step_memory(
+            size, bert_memory.Variant(4, remat, parts, "float32"), batch_size=8, length=64
+        )
+
+    one, two, parts = memory(1, True), memory(2, True), memory(2, True, 4)
+    assert two["residuals"] - one["residuals"] == 8 * 64 * 32 * 4
+    assert 4 * parts["residuals"] == pytest.approx(two["residuals"], rel=0.01)
+    assert memory(1, False)["residuals"] > 5 * one["residuals"]
+    assert one["state"] == pytest.approx(3 * one["gradients"], rel=1e-3)
