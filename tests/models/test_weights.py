@@ -155,6 +155,6 @@ def test_saving_into_a_missing_folder_is_refused(tmp_path):
 
 
 def test_a_layer_without_a_pytorch_name_is_refused(tmp_path):
-    model = nnx.Embed(3, 2, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="variable embedding has no PyTorch name"):
+    model = nnx.LoRA(3, 2, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="variable lora_a has no PyTorch name"):
         save_weights(model, tmp_path / "model.safetensors")
