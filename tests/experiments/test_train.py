@@ -185,8 +185,9 @@ def test_two_processes_train_like_one_though_killed_and_stopped(finished, tmp_pa
     assert [(line["step"], line["split"]) for line in ours] == [
         (line["step"], line["split"]) for line in theirs
     ]
-    losses = ([line["loss"] for line in run[:30]] for run in (ours, theirs))
-    np.testing.assert_allclose(*losses, rtol=1e-3)
+    # Sums in another order differ by 1e-6, and training multiplies that by ten every ten steps.
+    losses = ([line["loss"] for line in run[:20]] for run in (ours, theirs))
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 @pytest.mark.parametrize("missing", ["coordinator", "processes"])
