@@ -30,8 +30,8 @@ class Entropy:
     A histogram has at most as many bins as its group has elements, and a threshold at least as
     many bins as there are codes: groups with no more elements than codes, such as short vectors,
     keep their largest magnitude. In groups of a few hundred elements, such as a channel of weights,
-    most bins are empty and the divergence is mostly chance. The data is read twice; each candidate then costs a pass over
-    the histograms.
+    most bins are empty and the divergence is mostly chance. The data is read twice; each candidate
+    then costs a pass over the histograms.
 
     Attributes:
       bins: of the histogram; a static count.
