@@ -51,8 +51,11 @@ def answer(run: Path, context: str, question: str, n_best: int) -> list[data.Ran
         inputs = tasks.first_inputs(task, source, len(source))
         model = runs.trained_model(config, run, *inputs)
     logits = np.asarray(jax.jit(lambda *inputs: model(*inputs))(*inputs))
-    limits = {"max_answer_tokens": config.answers.max_answer_tokens}
-    return data.ranked_answers(source, logits, n_best=n_best, **limits)["asked"]
+    answers = config.answers
+    ranked = data.ranked_answers(
+        source, logits, n_best=answers.n_best, max_answer_tokens=answers.max_answer_tokens
+    )
+    return ranked["asked"][:n_best]
 
 
 def show(console: Console, context: str, answers: Sequence[data.RankedAnswer]) -> None:
@@ -61,12 +64,14 @@ def show(console: Console, context: str, answers: Sequence[data.RankedAnswer]) -
         console.print("no answer: the context has no words")
         return
     for number, ranked in enumerate(answers, start=1):
-        console.print(f"{number}. {ranked.text}  [dim]{ranked.probability:.0%}[/dim]")
+        # Not markup: a text may have brackets of its own.
+        console.print(
+            Text.assemble(f"{number}. {ranked.text}  ", (f"{ranked.probability:.0%}", "dim"))
+        )
     best = answers[0]
-    at = context.index(best.text)
-    first, past = max(at - _MARGIN, 0), at + len(best.text) + _MARGIN
+    first, past = max(best.start - _MARGIN, 0), best.start + len(best.text) + _MARGIN
     around = Text(context[first:past].replace("\n", " "))
-    around.stylize("bold reverse", at - first, at - first + len(best.text))
+    around.stylize("bold reverse", best.start - first, best.start - first + len(best.text))
     console.print()
     console.print("…" if first else "", around, "…" if past < len(context) else "", sep="")
 

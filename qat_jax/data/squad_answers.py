@@ -12,11 +12,13 @@ class RankedAnswer(NamedTuple):
 
     Attributes:
         text: what it says.
+        start: the position of its first character in the context.
         score: the sum of its start's and its end's logit.
         probability: among those ranked with it.
     """
 
     text: str
+    start: int
     score: float
     probability: float
 
@@ -113,6 +115,6 @@ def _ranked(context: str, spans: list[tuple[float, int, int]], n_best: int) -> l
         return []
     weights = np.exp(np.array([score for _, score in kept]) - kept[0][1])
     return [
-        RankedAnswer(context[first:past], score, float(weight))
+        RankedAnswer(context[first:past], int(first), score, float(weight))
         for ((first, past), score), weight in zip(kept, weights / weights.sum(), strict=True)
     ]

@@ -336,6 +336,7 @@ def test_ranked_answers_are_those_of_a_plain_search(wordpiece):
         found = ranked[question.id]
         texts = [question.context[first:past] for (first, past), _ in expected]
         assert [answer.text for answer in found] == texts
+        assert [answer.start for answer in found] == [first for (first, _), _ in expected]
         np.testing.assert_allclose([answer.score for answer in found], [v for _, v in expected])
         assert sum(answer.probability for answer in found) == pytest.approx(1)
     assert best_answers(windows, logits, max_answer_tokens=2)["q"] == ranked["q"][0].text

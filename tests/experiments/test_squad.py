@@ -5,8 +5,10 @@ import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from experiments import answer, build, cli, ptq, train
+from qat_jax import data
 
 WORDS = ["red", "blue", "green", "cat", "dog", "bird", "paris", "rome", "who", "was", "where", "?"]
 SMALL = [
@@ -109,6 +111,17 @@ def test_a_question_typed_at_a_terminal_is_answered(trained, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert re.match(r"1\. \w+.*  \d+%\n2\. \w", printed)
     assert "green dog" in printed
+
+
+def test_an_answer_is_shown_where_it_stands_brackets_and_all(capsys):
+    context = "the [b]cat[/b] was red, the other cat blue"
+    at = context.rindex("cat")
+    answers = [data.RankedAnswer(text, at, 1.0, 0.5) for text in ("cat", "[b]cat[/b]")]
+    console = Console(force_terminal=True, width=200)
+    answer.show(console, context, answers)
+    printed = capsys.readouterr().out
+    assert "2. [b]cat[/b]" in printed
+    assert "the [b]cat[/b] was red, the other \x1b[1;7mcat\x1b[0m blue" in printed
 
 
 @pytest.mark.parametrize(
