@@ -146,6 +146,7 @@ def main() -> int:
             "git_commit": git_commit(),
             "versions": versions(),
             "device": device(),
+            "seed": 0,
             "size": arguments.size,
             "batch_size": arguments.batch,
             "length": arguments.length,

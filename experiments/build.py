@@ -25,7 +25,7 @@ from qat_jax.models import (
     find_pretrained,
     load_weights,
 )
-from qat_jax.safetensors_file import read_arrays
+from qat_jax.safetensors_file import read_names
 
 FLOAT_BITS = 32
 
@@ -119,7 +119,7 @@ def _loaded_part(model: nnx.Module, path: Path) -> nnx.Module:
     """What a file is for: an encoder's has no head, which fine-tuning then begins anew."""
     if not isinstance(model, BertForQuestionAnswering):
         return model
-    has_head = any(name.startswith("qa_outputs.") for name in read_arrays(path, "weights"))
+    has_head = any(name.startswith("qa_outputs.") for name in read_names(path, "weights"))
     return model if has_head else model.bert
 
 

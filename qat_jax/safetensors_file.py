@@ -1,9 +1,11 @@
 """Named arrays out of a safetensors file."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 
@@ -21,12 +23,24 @@ def read_arrays(path: str | Path, what: str) -> dict[str, np.ndarray]:
       FileNotFoundError: there is no such file.
       ValueError: it is not a safetensors file.
     """
+    with _readable(path, what):
+        return load_file(path)
+
+
+def read_names(path: str | Path, what: str) -> set[str]:
+    """The names alone, without reading the arrays; arguments and errors as of `read_arrays`."""
+    with _readable(path, what), safe_open(path, framework="np") as file:
+        return set(file.keys())
+
+
+@contextlib.contextmanager
+def _readable(path: str | Path, what: str) -> Iterator[None]:
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"{what} file {path} does not exist: give the path of a .safetensors file"
         )
     try:
-        return load_file(path)
+        yield
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a readable safetensors file ({error}): "
