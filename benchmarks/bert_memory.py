@@ -9,8 +9,6 @@ backend undoes rematerialisation, so that its own figures would say nothing abou
 """
 
 import argparse
-import json
-import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,10 +23,10 @@ from rich.progress import track
 from rich.table import Table
 
 import qat_jax as qj
+from benchmarks import record
 from qat_jax.models import BERT_BASE, BERT_LARGE, MINILM, BertForQuestionAnswering, BertSize
 from qat_jax.training.objective import SpanExtraction
 from qat_jax.training.state import create_state
-from qat_jax.training.workdir import device, git_commit, versions
 
 SIZES = {"minilm": MINILM, "base": BERT_BASE, "large": BERT_LARGE}
 
@@ -141,18 +139,8 @@ def main() -> int:
         table.add_row(name, *(f"{cell / 2**30:.2f}" for cell in cells))
     console.print(table)
     if arguments.out is not None:
-        result = {
-            "command": shlex.join(["python", *sys.orig_argv[1:]]),
-            "git_commit": git_commit(),
-            "versions": versions(),
-            "device": device(),
-            "seed": 0,
-            "size": arguments.size,
-            "batch_size": arguments.batch,
-            "length": arguments.length,
-            "rows": rows,
-        }
-        arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        title = f"BERT {arguments.size}, a step of {arguments.batch} x {arguments.length} tokens"
+        record.write(arguments.out, title, rows=rows)
     return 0
 
 

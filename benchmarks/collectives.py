@@ -16,9 +16,7 @@ Prints a table and, with --out, writes it as JSON with command, commit and versi
 """
 
 import argparse
-import json
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -31,12 +29,12 @@ from rich.console import Console
 from rich.table import Table
 
 import qat_jax as qj
+from benchmarks import record
 from qat_jax.models import CifarResNet
 from qat_jax.training.objective import Classification, Normalisation
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import create_state
 from qat_jax.training.step import make_train_step
-from qat_jax.training.workdir import git_commit, versions
 
 _COLLECTIVE = re.compile(
     r"= (?P<shape>\(.*?\)|\S+) (?:all-reduce|all-gather|reduce-scatter|all-to-all|"
@@ -181,16 +179,8 @@ def main() -> int:
         table.add_row(name, *cells)
     Console().print(table)
     if arguments.out is not None:
-        result = {
-            "experiment": title,
-            "command": shlex.join(["python", *sys.orig_argv[1:]]),
-            "git_commit": git_commit(),
-            "versions": versions(),
-            "device": "simulated on CPU, counted and not timed",
-            "seed": 0,
-            "rows": rows,
-        }
-        arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        counted = "simulated on CPU, counted and not timed"
+        record.write(arguments.out, title, device=counted, rows=rows)
     return 0
 
 

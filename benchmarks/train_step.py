@@ -13,8 +13,6 @@ Prints a table and, with --out, writes it as JSON with command, commit, versions
 
 import argparse
 import dataclasses
-import json
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -29,11 +27,12 @@ from rich.console import Console
 from rich.table import Table
 
 import qat_jax as qj
+from benchmarks import record
 from qat_jax.models import CifarResNet
 from qat_jax.training.objective import Classification, Normalisation
 from qat_jax.training.state import create_state
 from qat_jax.training.step import make_train_step
-from qat_jax.training.workdir import device, git_commit, versions
+from qat_jax.training.workdir import device
 
 BASELINE = "float32"
 
@@ -155,17 +154,7 @@ def main() -> int:
     title = f"ResNet-{arguments.depth} W4A4 training step, batch {arguments.batch}"
     show(rows, f"{title}, {device()['kind']}")
     if arguments.out is not None:
-        result = {
-            "experiment": f"{title}",
-            "command": shlex.join(["python", *sys.orig_argv[1:]]),
-            "git_commit": git_commit(),
-            "versions": versions(),
-            "device": device(),
-            "seed": 0,
-            "rounds": arguments.rounds,
-            "rows": rows,
-        }
-        arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        record.write(arguments.out, title, rounds=arguments.rounds, rows=rows)
     return 0
 
 
