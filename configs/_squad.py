@@ -53,7 +53,7 @@ def squad_config(experiment: str, size: BertSize, arg: str) -> ConfigDict:
 def dataset_config() -> dict[str, Any]:
     """SQuAD 1.1, in windows as BERT reads it."""
     return {
-        # TFDS's, or squad_json: files in data_dir, of which the splits are names.
+        # TFDS's, or squad_json: files in data_dir, of which the splits are names: FILE, FILE[::5].
         "name": "squad",
         "data_dir": placeholder(str),  # None: the data room's default folder
         "train_split": "train",
@@ -108,6 +108,6 @@ def squad_ptq_config(experiment: str, training: ConfigDict, arg: str) -> ConfigD
             "answers": training.answers,
             "batch_size": 16,
             **ptq_config(arg),
-            "tables": ("bert_calibrators", "bert_vectors", "bert_scales"),
+            "tables": ("bert_calibrators", "bert_dynamic", "bert_vectors", "bert_scales"),
         }
     )

@@ -4,8 +4,8 @@ Usage:
     python -m experiments.ptq_figures --runs=DIR --out=results/NAME
 
 Reads every DIR/*/result.json and writes, for each table TABLE, results/NAME_TABLE.csv and .png; and
-results/NAME.json, which has each run's command, commit, versions, device and seed. What VS-Quant
-(arXiv:2102.04503) published for ResNet-50 or BERT-base stands beside, labelled as published.
+results/NAME.json, which has each run's command, commit, versions, device and seed. What the papers
+published for ResNet-50 or BERT-base stands beside, labelled as published.
 """
 
 import csv
@@ -31,6 +31,7 @@ TITLES = {
     "batch_norm": "clipping of the weights, batch norms as they were or re-estimated",
     "depthwise": "what depthwise layers need",
     "bert_calibrators": "static thresholds by calibrator, one scale an output feature or layer",
+    "bert_dynamic": "thresholds found in every batch, one scale an output feature or layer",
     "bert_vectors": "vectors of 16 with floating-point scales against the best calibrator",
     "bert_scales": "bits of the scales of weights / activations, vectors of 16",
 }

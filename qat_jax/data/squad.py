@@ -9,6 +9,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ _DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.decompress,
     ".gz": gzip.decompress,
 }
+_SLICE = re.compile(r"(.+)\[(-?\d+)?:(-?\d+)?(?::(-?\d+)?)?\]")
 # What a file raises that is damaged, or holds something else.
 _DAMAGE = (ValueError, TypeError, EOFError, OSError, lzma.LZMAError, zlib.error)
 
@@ -65,8 +67,9 @@ def load_questions(
 
     Args:
         name: `squad_json`, or the TFDS name of a set with SQuAD's features: `squad`, `squad/v2.0`.
-        split: for `squad_json` a file in `data_dir`, of JSON, or that in .xz or .gz; else a TFDS
-            split or slice.
+        split: for `squad_json` a file in `data_dir`, of JSON, or that in .xz or .gz, or a slice
+            of its questions in Python's notation: `FILE[:100]`, `FILE[::5]`; else a TFDS split or
+            slice.
         data_dir: the folder of the files, or of prepared datasets (see `load_source`).
 
     Raises:
@@ -75,9 +78,19 @@ def load_questions(
     if name == JSON:
         if data_dir is None:
             raise DataError(f"{JSON} needs the files' folder: pass --config.dataset.data_dir")
-        return read_questions(Path(data_dir) / split)
+        return _read_slice(Path(data_dir), split)
     source = load_source(name, split, data_dir)
     return [_of_tfds(source[index]) for index in range(len(source))]
+
+
+def _read_slice(folder: Path, split: str) -> list[Question]:
+    sliced = _SLICE.fullmatch(split)
+    if sliced is None:
+        return read_questions(folder / split)
+    start, stop, step = (int(part) if part else None for part in sliced.groups()[1:])
+    if step == 0 or not (kept := read_questions(folder / sliced[1])[start:stop:step]):
+        raise DataError(f"{split} has no question: choose another slice, such as {sliced[1]}[:100]")
+    return kept
 
 
 def read_questions(path: str | os.PathLike[str]) -> list[Question]:

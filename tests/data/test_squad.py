@@ -79,6 +79,23 @@ def test_files_are_read_as_they_are_packed(tmp_path, suffix, compress):
     assert load_questions("squad_json", path.name, tmp_path) == questions
 
 
+@pytest.mark.parametrize(
+    ("slice_", "kept"), [("[:2]", "abc"[:2]), ("[::2]", "ac"), ("[-1:]", "c"), ("[1:2:]", "b")]
+)
+def test_a_part_of_a_files_questions_is_named_as_a_slice(tmp_path, slice_, kept):
+    questions = [asked(text, text, name=text) for text in "abc"]
+    (tmp_path / "x.json").write_text(file_of(*questions))
+    found = load_questions("squad_json", f"x.json{slice_}", tmp_path)
+    assert "".join(question.id for question in found) == kept
+
+
+@pytest.mark.parametrize("slice_", ["[3:]", "[::0]"])
+def test_an_empty_slice_is_refused(tmp_path, slice_):
+    (tmp_path / "x.json").write_text(file_of(asked("a", "a")))
+    with pytest.raises(DataError, match=r"choose another slice, such as x.json\[:100\]"):
+        load_questions("squad_json", f"x.json{slice_}", tmp_path)
+
+
 def test_examples_of_tfds_are_the_same_questions():
     example = {
         "id": b"q",
