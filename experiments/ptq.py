@@ -26,7 +26,8 @@ exact, mse, entropy, p99.99), --config.scale.codes, .order, .zero and .clipping,
 --config.quant.overrides="('.*depthwise=8/8U',)", --config.fold_batch_norm,
 --config.calibration.batch_norm_batches.
 
-DIR gets config.json, metrics.jsonl, TensorBoard events and result.json, which has the accuracy in
+DIR gets config.json, metrics.jsonl, TensorBoard events, packed.safetensors, which is the quantised
+network for experiments.export, and result.json, which has the accuracy in
 float and quantised, the effective bits of the weights, and for every layer and operand the
 signal-to-noise ratio, the clipped share and the threshold over the maximum.
 """
@@ -46,7 +47,10 @@ from ml_collections import ConfigDict
 
 import qat_jax as qj
 from experiments import build, cli, tasks
+from experiments.runs import PACKED
 from qat_jax.batch_norm import fold_batch_norm, reestimate_batch_norm
+from qat_jax.export import save_packed
+from qat_jax.integer import pack_model
 from qat_jax.training.evaluation import Metrics
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import create_state
@@ -185,8 +189,10 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         for operand, part in qj.operand_storage(quantised_model, *inputs).items()
     }
     metrics["diagnostics"] = diagnose(quantised_model, *inputs)
-    if config.calibration.batches and config.quant.notation != "float":
-        qj.save_thresholds(quantised_model, workdir / THRESHOLDS)
+    if quantised_model is not bench.model:
+        if config.calibration.batches:
+            qj.save_thresholds(quantised_model, workdir / THRESHOLDS)
+        save_packed(pack_model(quantised_model, *bench.first_inputs(1)), workdir / PACKED)
     result = folder.finish(settings, metrics, wall_seconds=time.monotonic() - started)
     headline = bench.task.headline
     logger.info(

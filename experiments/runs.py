@@ -13,6 +13,8 @@ from qat_jax.training.optimizer import make_optimizer
 from qat_jax.training.state import create_state, restore_model
 from qat_jax.training.workdir import Workdir
 
+PACKED = "packed.safetensors"  # what a run of `experiments.ptq` leaves of its network
+
 
 def trained_model(config: ConfigDict, folder: Path, *example: jax.Array) -> nnx.Module:
     """The model of a finished run of `experiments.train`, in evaluation mode.

@@ -46,6 +46,14 @@ class Format(Protocol):
         """The least number that is not clipped at a threshold."""
         ...
 
+    def to_bits(self, codes: jax.Array) -> jax.Array:
+        """Codes as unsigned integers of so many bits, as they are stored."""
+        ...
+
+    def from_bits(self, patterns: jax.Array) -> jax.Array:
+        """The codes that `to_bits` made patterns of, in ``code_dtype``."""
+        ...
+
 
 class Grid(NamedTuple):
     """The codes of a format: every integer from ``low`` to ``high``.
@@ -146,6 +154,30 @@ class Int:
         longest = 2 ** (self.bits - 1) if self.signed else 2**self.bits - 1
         return np.arange(longest - (self.signed is True and self.narrow)) + 0.5
 
+    def to_bits(self, codes: jax.Array) -> jax.Array:
+        """Two's complement in the format's width, in uint16.
+
+        Raises:
+          ValueError: the sign is picked at run time, so that no bit has it.
+        """
+        self._check_sign()
+        return (codes.astype(jnp.int32) & (2**self.bits - 1)).astype(jnp.uint16)
+
+    def from_bits(self, patterns: jax.Array) -> jax.Array:
+        """The codes of such numbers; ValueError as of `to_bits`."""
+        self._check_sign()
+        codes = patterns.astype(jnp.int32)
+        if self.signed:
+            codes = jnp.where(codes >> (self.bits - 1) == 0, codes, codes - 2**self.bits)
+        return codes.astype(self.code_dtype)
+
+    def _check_sign(self) -> None:
+        if self.signed is None:
+            raise ValueError(
+                "codes whose sign is picked at run time have no fixed width: "
+                "replace the format by one with signed=True or signed=False"
+            )
+
     def _grid(self, signed: bool) -> Grid:
         highest = 2.0 ** (self.bits - signed) - 1
         steps = highest if self.narrow else highest + 1
@@ -241,12 +273,32 @@ class Float:
     @property
     def midpoints(self) -> np.ndarray:
         """The middles between neighbouring numbers from 0 to the largest."""
+        return (self._numbers[1:] + self._numbers[:-1]) / 2
+
+    def to_bits(self, codes: jax.Array) -> jax.Array:
+        """Sign, exponent and mantissa of numbers of the format, in uint16."""
+        numbers = jnp.asarray(self._numbers, jnp.float32)
+        codes = codes.astype(jnp.float32)
+        # The patterns of a sign ascend as its numbers do.
+        pattern = jnp.searchsorted(numbers, jnp.abs(codes)).astype(jnp.uint16)
+        sign = jnp.signbit(codes).astype(jnp.uint16)
+        return pattern | (sign << (self.bits - 1))
+
+    def from_bits(self, patterns: jax.Array) -> jax.Array:
+        """The numbers of such patterns."""
+        numbers = jnp.asarray(self._numbers, jnp.float32)
+        negative = patterns >> (self.bits - 1) == 1
+        magnitudes = numbers[patterns & (2 ** (self.bits - 1) - 1)]
+        return jnp.where(negative, -magnitudes, magnitudes).astype(self.code_dtype)
+
+    @property
+    def _numbers(self) -> np.ndarray:
+        """Those that are not negative, ascending."""
         exponents = np.arange(self._grid.min_exponent, np.frexp(self._grid.high)[1])
         mantissas = np.arange(2**self.mantissa) / 2**self.mantissa
         normal = (2.0 ** exponents[:, None] * (1 + mantissas)).ravel()
         numbers = np.concatenate([2.0**self._grid.min_exponent * mantissas, normal])
-        numbers = numbers[numbers <= self._grid.high]
-        return (numbers[1:] + numbers[:-1]) / 2
+        return numbers[numbers <= self._grid.high]
 
     @property
     def _grid(self) -> FloatGrid:

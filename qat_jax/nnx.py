@@ -21,7 +21,7 @@ from qat_jax.diagnostics import Diagnostics, fake_quant_with_diagnostics
 from qat_jax.granularity import ChannelAxis, VectorAxis
 from qat_jax.padding import QUERIES, TOKENS, without_padding
 from qat_jax.policy import Policy, Rule, preset_for_layers
-from qat_jax.quantizer import Quantizer, fake_quant, quantize
+from qat_jax.quantizer import QTensor, Quantizer, fake_quant, quantize
 from qat_jax.report import LayerReport, Report
 
 
@@ -88,6 +88,18 @@ class OperandQuantizer(nnx.Module):
         x, diagnostics = fake_quant_with_diagnostics(x, self.quantizer, **axes)
         self.sow(Diagnostic, "diagnostics", diagnostics)
         return x
+
+    def quantized(
+        self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
+    ) -> QTensor:
+        """Codes and scales of what a call makes of x; not differentiable."""
+        return quantize(
+            without_padding(x, self.token_axes),
+            self.quantizer,
+            channel_axis=channel_axis,
+            vector_axis=vector_axis,
+            threshold=None if self.threshold is None else self.threshold.get_value(),
+        )
 
 
 class QuantizedOp(nnx.Module):
@@ -204,7 +216,7 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
       layer     type    weights                          activations
       layers/0  Linear  int8 narrow PerTensor Octav mad  auto8 narrow PerTensor Octav pwl
     """
-    sites = _sites(model)
+    sites = layer_sites(model)
     if isinstance(policy, str):
         convolutions = [s.path for s in sites if isinstance(s.layer, nnx.Conv)]
         linears = [s.path for s in sites if isinstance(s.layer, nnx.Linear | nnx.LinearGeneral)]
@@ -214,9 +226,9 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
         site.path: _replacement(site, placed[site.path]) for site in sites if site.path in placed
     }
     model = copy_model(model)
-    for site in _sites(model):
+    for site in layer_sites(model):
         if replacements.get(site.path) is not None:
-            setattr(site.layer, site.hook.attribute, nnx.data(replacements[site.path]))
+            site.install(replacements[site.path])
     return model
 
 
@@ -237,7 +249,7 @@ def report(model: nnx.Module) -> Report:
                 weights=_installed(site, "weights"),
                 activations=_installed(site, "activations"),
             )
-            for site in _sites(model)
+            for site in layer_sites(model)
         )
     )
 
@@ -284,6 +296,23 @@ def captured_by_operand(captured: nnx.State, kind: type | None = None) -> dict[s
     return found
 
 
+def operand_codes(graphdef: nnx.GraphDef, state: nnx.State, *inputs: Any) -> dict[str, QTensor]:
+    """Every operand as it is quantised in a forward pass of the evaluation mode.
+
+    Args:
+      graphdef: of a quantised model.
+      state: of it.
+      *inputs: a batch for it.
+
+    Returns:
+      By ``"path of the layer/operand"``.
+    """
+    model = nnx.merge(graphdef, state)
+    model.eval()
+    _, captured = nnx.capture(model, Codes)(*inputs)
+    return captured_by_operand(captured, QTensor)
+
+
 def operand_quantizers(model: nnx.Module) -> dict[str, OperandQuantizer]:
     """The quantisers of a model by ``"path of the layer/operand"``, in order of definition.
 
@@ -293,7 +322,7 @@ def operand_quantizers(model: nnx.Module) -> dict[str, OperandQuantizer]:
     Returns:
       The modules themselves, not copies.
     """
-    sites = [site.path for site in _sites(model)]
+    sites = [site.path for site in layer_sites(model)]
     found = [
         (_operand_path(map(str, path)), node)
         for path, node in nnx.iter_graph(model)
@@ -371,15 +400,35 @@ _HOOKS = (
 )
 
 
-class _Site(NamedTuple):
-    """A layer that can be quantised, and where."""
+class LayerSite(NamedTuple):
+    """A layer that can be quantised, and where.
+
+    Attributes:
+      path: the layer's.
+      layer: the layer itself.
+      hook: its injection point.
+    """
 
     path: str
     layer: Any
     hook: _Hook
 
+    @property
+    def weights(self) -> str:
+        """The path of its kernel as an operand."""
+        return f"{self.path}/weights" if self.path else "weights"
 
-def _sites(model: nnx.Module) -> list[_Site]:
+    @property
+    def installed(self) -> Any:
+        """What the injection point holds."""
+        return getattr(self.layer, self.hook.attribute)
+
+    def install(self, replacement: nnx.Module) -> None:
+        """Puts something else there."""
+        setattr(self.layer, self.hook.attribute, nnx.data(replacement))
+
+
+def layer_sites(model: nnx.Module) -> list[LayerSite]:
     """The layers that can be quantised, each once, in order of definition."""
     nodes = dict(nnx.iter_graph(model))
 
@@ -396,7 +445,7 @@ def _sites(model: nnx.Module) -> list[_Site]:
         return [position(nodes.get(path[:depth]), name) for depth, name in enumerate(path)]
 
     found = [
-        (definition_order(path), _Site("/".join(map(str, path)), node, hook))
+        (definition_order(path), LayerSite("/".join(map(str, path)), node, hook))
         for path, node in nodes.items()
         for hook in _HOOKS
         if isinstance(node, hook.layer)
@@ -409,12 +458,14 @@ def copy_model(model: nnx.Module) -> nnx.Module:
     return nnx.merge(*nnx.split(model), copy=True)
 
 
-def _replacement(site: _Site, rule: Rule) -> nnx.Module | None:
+def _replacement(site: LayerSite, rule: Rule) -> nnx.Module | None:
     """The quantised operation for a layer, or None where the rule quantises nothing of it."""
     if rule.weights is None and rule.activations is None:
         return None
-    present = getattr(site.layer, site.hook.attribute)
-    if present not in site.hook.plain or getattr(site.layer, "dot_general_cls", None) is not None:
+    if (
+        site.installed not in site.hook.plain
+        or getattr(site.layer, "dot_general_cls", None) is not None
+    ):
         raise ValueError(
             f"{site.path} already has a {site.hook.attribute} of its own: quantise the model "
             f"before that is set, or leave the layer alone with Rule({site.path!r}) in front"
@@ -422,9 +473,9 @@ def _replacement(site: _Site, rule: Rule) -> nnx.Module | None:
     return site.hook.replacement(site.layer, rule)
 
 
-def _installed(site: _Site, operand: str) -> Quantizer | None:
+def _installed(site: LayerSite, operand: str) -> Quantizer | None:
     """The quantiser of a layer's weights or activations."""
-    replacement = getattr(site.layer, site.hook.attribute)
+    replacement = site.installed
     if isinstance(replacement, QuantizedAttention):
         replacement = {"activations": replacement.query}.get(operand)
     else:

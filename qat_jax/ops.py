@@ -9,7 +9,7 @@ is shorter than a vector has one scale a side (arXiv:2102.04503, equation 5).
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from qat_jax import depthwise
 
-QuantizeFn = Callable[..., jax.Array]
+QuantizeFn = Callable[..., Any]
 
 
 def dot_general(
@@ -56,9 +56,7 @@ def dot_general(
       >>> dot_general(x, w, (((1,), (0,)), ((), ())), rhs=w4).shape
       (2, 5)
     """
-    (x_contracted, w_contracted), _ = dimension_numbers
-    x = _quantized(x, lhs, _others(x_contracted, jnp.ndim(x)), x_contracted[-1:])
-    w = _quantized(w, rhs, _others(w_contracted, jnp.ndim(w)), w_contracted[-1:])
+    x, w = dot_general_operands(x, w, dimension_numbers, lhs, rhs)
     return lax.dot_general(
         x, w, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding
     )
@@ -106,11 +104,7 @@ def conv_general_dilated(
       The convolution, of the same shape and dtype as without quantisers.
     """
     spec = lax.conv_dimension_numbers(jnp.shape(x), jnp.shape(w), dimension_numbers)
-    x = _in_feature_groups(x, lhs, spec.lhs_spec, jnp.shape(w)[spec.rhs_spec[1]])
-    has_one_input = feature_group_count > 1 and jnp.shape(w)[spec.rhs_spec[1]] == 1
-    w = _quantized(
-        w, rhs, spec.rhs_spec[:1], spec.rhs_spec[2:] if has_one_input else spec.rhs_spec[1:2]
-    )
+    x, w = convolution_operands(x, w, spec, feature_group_count, lhs, rhs)
     return depthwise.conv_general_dilated(
         x,
         w,
@@ -155,15 +149,59 @@ def einsum(
     Returns:
       The product, of the same shape and dtype as without quantisers.
     """
-    x_axes, w_axes = operand_axes(subscripts, jnp.ndim(x), jnp.ndim(w))
+    x, w = einsum_operands(subscripts, x, w, lhs, rhs)
     return jnp.einsum(
         subscripts,
-        _quantized(x, lhs, *x_axes),
-        _quantized(w, rhs, *w_axes),
+        x,
+        w,
         precision=precision,
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
     )
+
+
+def dot_general_operands(
+    x: jax.Array,
+    w: jax.Array,
+    dimension_numbers: lax.DotDimensionNumbers,
+    lhs: QuantizeFn | None,
+    rhs: QuantizeFn | None,
+) -> tuple[Any, Any]:
+    """What `dot_general` multiplies: whatever ``lhs`` and ``rhs`` make of x and w."""
+    (x_contracted, w_contracted), _ = dimension_numbers
+    x = _quantized(x, lhs, _others(x_contracted, jnp.ndim(x)), x_contracted[-1:])
+    w = _quantized(w, rhs, _others(w_contracted, jnp.ndim(w)), w_contracted[-1:])
+    return x, w
+
+
+def convolution_operands(
+    x: jax.Array,
+    w: jax.Array,
+    spec: lax.ConvDimensionNumbers,
+    feature_group_count: int,
+    lhs: QuantizeFn | None,
+    rhs: QuantizeFn | None,
+) -> tuple[Any, Any]:
+    """What `conv_general_dilated` multiplies: whatever ``lhs`` and ``rhs`` make of x and w."""
+    inputs = jnp.shape(w)[spec.rhs_spec[1]]
+    x = _in_feature_groups(x, lhs, spec.lhs_spec, inputs)
+    has_one_input = feature_group_count > 1 and inputs == 1
+    w = _quantized(
+        w, rhs, spec.rhs_spec[:1], spec.rhs_spec[2:] if has_one_input else spec.rhs_spec[1:2]
+    )
+    return x, w
+
+
+def einsum_operands(
+    subscripts: str,
+    x: jax.Array,
+    w: jax.Array,
+    lhs: QuantizeFn | None,
+    rhs: QuantizeFn | None,
+) -> tuple[Any, Any]:
+    """What `einsum` multiplies: whatever ``lhs`` and ``rhs`` make of x and w."""
+    x_axes, w_axes = operand_axes(subscripts, jnp.ndim(x), jnp.ndim(w))
+    return _quantized(x, lhs, *x_axes), _quantized(w, rhs, *w_axes)
 
 
 def _quantized(
@@ -171,7 +209,7 @@ def _quantized(
     quantizer: QuantizeFn | None,
     channel_axis: Sequence[int],
     vector_axis: Sequence[int],
-) -> jax.Array:
+) -> Any:
     if quantizer is None:
         return x
     return quantizer(x, channel_axis=tuple(channel_axis), vector_axis=tuple(vector_axis) or None)
@@ -179,7 +217,7 @@ def _quantized(
 
 def _in_feature_groups(
     x: jax.Array, quantizer: QuantizeFn | None, spec: Sequence[int], group_size: int
-) -> jax.Array:
+) -> Any:
     """Quantise a convolution's input so that no vector reaches from one feature group to the next.
 
     A depthwise convolution has groups of one feature. Its input is not cut: there each product has

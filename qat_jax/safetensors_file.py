@@ -33,6 +33,12 @@ def read_names(path: str | Path, what: str) -> set[str]:
         return set(file.keys())
 
 
+def read_metadata(path: str | Path, what: str) -> dict[str, str]:
+    """The texts beside the arrays; arguments and errors as of `read_arrays`."""
+    with _readable(path, what), safe_open(path, framework="np") as file:
+        return file.metadata() or {}
+
+
 @contextlib.contextmanager
 def _readable(path: str | Path, what: str) -> Iterator[None]:
     if not Path(path).is_file():

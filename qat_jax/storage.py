@@ -1,13 +1,14 @@
 """What a quantised model weighs: codes, scales and coarse scales, in bits."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 from flax import nnx
 
-from qat_jax.nnx import Codes, captured_by_operand, is_weight, operand_quantizers
+from qat_jax.nnx import is_weight, operand_codes, operand_quantizers
 from qat_jax.quantizer import QTensor, Quantizer
 
 _COARSE_BITS = 32
@@ -83,13 +84,7 @@ def operand_storage(model: nnx.Module, *inputs: Any) -> dict[str, Storage]:
     """
     graphdef, state = nnx.split(model)
 
-    def codes(state: nnx.State, *inputs: Any) -> dict[str, QTensor]:
-        copy = nnx.merge(graphdef, state)
-        copy.eval()
-        _, captured = nnx.capture(copy, Codes)(*inputs)
-        return captured_by_operand(captured, QTensor)
-
-    sown = jax.eval_shape(codes, state, *inputs)
+    sown = jax.eval_shape(functools.partial(operand_codes, graphdef), state, *inputs)
     quantizers = operand_quantizers(model)
     return {
         path: array_storage(sown[path], operand.quantizer)

@@ -1,0 +1,132 @@
+"""Take a quantised network out of a finished run, its thresholds as they were trained.
+
+Usage:
+    python -m experiments.export --checkpoint=RUN --format=FORMAT --out=FILE \
+        [--integers] [--batch-size=N]
+
+RUN is the folder of a finished run of experiments.train or experiments.ptq with fewer than 32 bits.
+
+    safetensors  codes and integer scales packed densely, with what is needed to read them; read by
+                 qat_jax.export.load_packed, or with NumPy alone by docs/read_packed.py
+    stablehlo    a program with the packed weights inside, for CPU, GPU and TPU; read by
+                 jax.export.deserialize
+
+A program takes batches of any size where no threshold of an activation is found in the batch
+itself (train with quant.static_batches, calibrate with calibration.batches, or use one scale a
+vector), else of --batch-size. With --integers it multiplies and adds integers.
+
+Example:
+    python -m experiments.export --checkpoint=runs/ptq-4 --format=safetensors --out=net.safetensors
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from experiments import build, cli, runs, tasks
+from qat_jax.batch_norm import fold_batch_norm
+from qat_jax.export import load_packed, save_packed, save_stablehlo
+from qat_jax.integer import integer_model, pack_model
+from qat_jax.nnx import operand_quantizers
+from qat_jax.training.checkpoint import CheckpointError
+from qat_jax.training.workdir import Workdir, WorkdirError
+
+FORMATS = ("safetensors", "stablehlo")
+
+
+def packed_model(run: Path) -> tuple[nnx.Module, tuple[jax.Array, ...]]:
+    """The quantised network of a finished run, packed, and one example of its inputs.
+
+    Args:
+        run: the run folder.
+
+    Raises:
+        cli.UsageError: there is no such run, it is not finished, or nothing in it is quantised.
+    """
+    with cli.setup_errors():
+        config = ConfigDict(Workdir(run).settings())
+        task = build.task(config)
+        example = tasks.first_inputs(task, task.test_source(), 1)
+        if "calibration" in config:
+            model = _calibrated(config, run, example)
+        else:
+            trained = runs.trained_model(config, run, *example)
+            if not operand_quantizers(trained):
+                raise ValueError(f"{run} is in float: name a run with fewer than 32 bits")
+            model = pack_model(trained, *example)
+    model.eval()
+    return model, example
+
+
+def _calibrated(config: ConfigDict, run: Path, example: tuple[jax.Array, ...]) -> nnx.Module:
+    if not (run / runs.PACKED).is_file():
+        raise ValueError(f"{run} has no {runs.PACKED}: name a finished run that is not in float")
+    config.model.pretrained = None  # its weights are in the run
+    model = build.float_model(config)
+    if config.fold_batch_norm:
+        model = fold_batch_norm(model, *example)
+    return load_packed(model, run / runs.PACKED)
+
+
+def export(
+    run: Path, format: str, out: Path, *, integers: bool = False, batch_size: int | None = None
+) -> str:
+    """Writes a file.
+
+    Args:
+        run: the run folder.
+        format: one of FORMATS.
+        out: the file.
+        integers: whether a program computes in integers.
+        batch_size: of a program; None for any.
+
+    Returns:
+        What was written, in a line.
+
+    Raises:
+        cli.UsageError: this cannot be done; nothing is written.
+    """
+    model, example = packed_model(run)
+    with cli.setup_errors():
+        if format == "safetensors":
+            save_packed(model, out)
+        else:
+            model = integer_model(model) if integers else model
+            save_stablehlo(model, out, *example, batch_size=batch_size)
+    return f"{out}: {out.stat().st_size:,} bytes"
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit status: 0 written, 2 wrong usage."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="see above")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="see above")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="what to write")
+    parser.add_argument("--integers", action="store_true", help="a program that adds integers")
+    parser.add_argument("--batch-size", type=int, help="of a program; any if not given")
+    arguments = parser.parse_args(argv)
+    if arguments.format != "stablehlo" and (arguments.integers or arguments.batch_size):
+        parser.error("--integers and --batch-size are for --format=stablehlo")
+    try:
+        written = export(
+            arguments.checkpoint,
+            arguments.format,
+            arguments.out,
+            integers=arguments.integers,
+            batch_size=arguments.batch_size,
+        )
+    except (cli.UsageError, WorkdirError, CheckpointError) as error:
+        return cli.fail(error, cli.WRONG_USAGE)
+    print(written)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

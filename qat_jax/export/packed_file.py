@@ -1,0 +1,183 @@
+"""Packed models in safetensors files, which a few lines of NumPy can read as well.
+
+An array is stored under the path of its parameter. A quantised kernel ``"conv1/weights"`` is three
+arrays: ``"conv1/weights.codes"`` and ``".scale"``, dense streams of bits (see `qat_jax.integer`),
+and ``".coarse"`` where there is one; a frozen threshold is ``"conv1/activations.threshold"``. The
+metadata has, as JSON under ``"qat_jax"``, what is needed to read them: for each kernel its shape,
+format and groups, and for each layer its quantisers. `docs/read_packed.py` is a reader.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from qat_jax.description import describe, restore
+from qat_jax.granularity import Groups
+from qat_jax.integer.model import Packed, PackedKernel, PackedOp, install_kernel
+from qat_jax.integer.packed import PackedTensor
+from qat_jax.nnx import (
+    Threshold,
+    layer_sites,
+    operand_quantizers,
+    quantize_model,
+    report,
+)
+from qat_jax.policy import Policy, Rule
+from qat_jax.safetensors_file import read_arrays, read_metadata
+
+VERSION = 1
+_KEY = "qat_jax"
+_WHAT = "packed model"
+_PARTS = ("codes", "scale", "coarse")
+
+
+def save_packed(model: nnx.Module, path: str | Path) -> None:
+    """Write a packed model.
+
+    Args:
+      model: from `pack_model`.
+      path: the safetensors file to write; an existing one is replaced once the new one is whole.
+
+    Raises:
+      FileNotFoundError: the folder of ``path`` does not exist.
+      ValueError: the model is not packed, or a quantiser is a class of one's own.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"folder {path.parent} does not exist: make it first")
+    arrays = {name: np.asarray(variable.get_value()) for name, variable in _others(model)}
+    for name, quantizer in operand_quantizers(model).items():
+        if quantizer.threshold is not None:
+            arrays[f"{name}.threshold"] = np.asarray(quantizer.threshold.get_value())
+    kernels = {}
+    for site in layer_sites(model):
+        if not isinstance(site.installed, PackedOp):
+            continue
+        packed = site.installed.weights.packed
+        kernels[site.weights] = {
+            "shape": packed.shape,
+            "dtype": np.dtype(packed.dtype).name,
+            "format": describe(packed.format),
+            "axes": packed.groups.axes,
+            "vector_size": packed.groups.vector_size,
+            "scale_bits": packed.scale_bits,
+            "scale_dtype": packed.scale.dtype.name,
+        }
+        for part in _PARTS:
+            if (array := getattr(packed, part)) is not None:
+                arrays[f"{site.weights}.{part}"] = _plain(np.asarray(array))
+    if not kernels:
+        raise ValueError("the model has no packed kernel: pack_model comes first")
+    layers = {
+        layer.path: {"weights": describe(layer.weights), "activations": describe(layer.activations)}
+        for layer in report(model).layers
+        if layer.weights or layer.activations
+    }
+    content = {"version": VERSION, "kernels": kernels, "layers": layers}
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    save_file(arrays, unfinished, metadata={_KEY: json.dumps(content)})
+    os.replace(unfinished, path)
+
+
+def load_packed(model: nnx.Module, path: str | Path) -> nnx.Module:
+    """Read a packed model.
+
+    Args:
+      model: the float model of the same architecture, of which only the architecture is used: one
+        made under ``nnx.eval_shape`` will do. It is left as it is.
+      path: a file that `save_packed` wrote.
+
+    Returns:
+      The packed model, bit for bit.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged, something else, of a later version, or of another model.
+    """
+    arrays = read_arrays(path, _WHAT)
+    content = _content(path)
+    rules = [
+        Rule(re.escape(layer), restore(found["weights"]), restore(found["activations"]))
+        for layer, found in content["layers"].items()
+    ]
+    model = quantize_model(model, Policy(rules))
+    quantizers = operand_quantizers(model)
+    for site in layer_sites(model):
+        described = content["kernels"].get(site.weights)
+        if described is not None:
+            _check_shape(path, site.weights, described["shape"], site.layer.kernel.get_value())
+            packed = _packed(site.weights, described, arrays)
+            install_kernel(site, PackedKernel(packed, quantizers[site.weights].quantizer))
+    for name, quantizer in quantizers.items():
+        if (threshold := arrays.pop(f"{name}.threshold", None)) is not None:
+            quantizer.threshold = Threshold(jnp.asarray(threshold))
+    others = dict(_others(model))
+    if wrong := sorted(others.keys() ^ arrays.keys()):
+        raise ValueError(f"{path} is of another model: only one of the two has {wrong[0]!r}")
+    for name, variable in others.items():
+        _check_shape(path, name, arrays[name].shape, variable.get_value())
+        variable.set_value(jnp.asarray(arrays[name]))
+    return model
+
+
+def _content(path: str | Path) -> dict[str, Any]:
+    """What the metadata says."""
+    written = read_metadata(path, _WHAT).get(_KEY)
+    if written is None:
+        raise ValueError(f"{path} is not a packed model: write one with save_packed")
+    content = json.loads(written)
+    if content["version"] > VERSION:
+        raise ValueError(
+            f"{path} has layout {content['version']}, this qat_jax knows {VERSION}: upgrade it"
+        )
+    return content
+
+
+def _packed(name: str, described: dict[str, Any], arrays: dict[str, np.ndarray]) -> PackedTensor:
+    """A kernel out of its arrays, which are taken from the rest."""
+    codes, scale, coarse = (arrays.pop(f"{name}.{part}", None) for part in _PARTS)
+    if codes is None or scale is None:
+        raise ValueError(f"the codes or scales of {name} are missing: the file is damaged")
+    if described["scale_bits"] is None:
+        scale = scale.view(jnp.dtype(described["scale_dtype"]))
+    return PackedTensor(
+        codes=jnp.asarray(codes),
+        scale=jnp.asarray(scale),
+        coarse=None if coarse is None else jnp.asarray(coarse),
+        format=restore(described["format"]),
+        scale_bits=described["scale_bits"],
+        groups=Groups(tuple(described["axes"]), described["vector_size"]),
+        shape=tuple(described["shape"]),
+        dtype=np.dtype(described["dtype"]),
+    )
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """The same bytes in a type that every reader knows."""
+    return array.view(np.uint8) if array.dtype.name.startswith("float8") else array
+
+
+def _others(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
+    """What is neither packed nor a threshold nor the state of a random number generator."""
+    elsewhere = Packed | Threshold | nnx.RngState
+    for path, node in nnx.iter_graph(model):
+        if not isinstance(node, nnx.Variable) or isinstance(node, elsewhere):
+            continue
+        if node.get_value().size:  # a packed kernel leaves nothing behind
+            yield "/".join(map(str, path)), node
+
+
+def _check_shape(path: str | Path, name: str, shape: Sequence[int], value: jax.Array) -> None:
+    if tuple(shape) != value.shape:
+        raise ValueError(
+            f"{path} is of another model: {name} has shape {tuple(shape)} there, {value.shape} here"
+        )

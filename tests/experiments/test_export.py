@@ -1,0 +1,94 @@
+"""From finished runs to files for elsewhere."""
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import qat_jax as qj
+from experiments import build, cli, export, ptq, train
+from qat_jax.export import load_packed
+from qat_jax.models import CifarResNet, save_weights
+
+DIGITS = [
+    "--config.dataset.name=digits",
+    "--config.dataset.mean=(0.5,)",
+    "--config.dataset.std=(0.5,)",
+    "--config.model.in_channels=1",
+    "--config.model.depth=8",
+    "--config.model.width=4",
+]
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ptq")
+    save_weights(CifarResNet(8, in_channels=1, width=4, rngs=nnx.Rngs(0)), folder / "w.safetensors")
+    arguments = [
+        "ptq",
+        "--config=configs/cifar10_resnet20_ptq.py:4/4U",
+        f"--workdir={folder / 'run'}",
+        f"--config.model.pretrained={folder / 'w.safetensors'}",
+        "--config.calibration.batches=1",
+        *DIGITS,
+    ]
+    assert cli.main(ptq.run, ptq.__doc__, arguments) == 0
+    (folder / "w.safetensors").unlink()  # what is exported is in the run
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train") / "run"
+    arguments = ["train", "--config=configs/digits.py:bits=4", f"--workdir={folder}"]
+    arguments += ["--config.model.width=4", "--config.total_epochs=0.1", "--config.batch_size=64"]
+    assert cli.main(train.run, train.__doc__, arguments) == 0
+    return folder
+
+
+def main(run, form, out, *flags):
+    arguments = [f"--checkpoint={run}", f"--format={form}", f"--out={out}", *flags]
+    return export.main(arguments)
+
+
+def images(count):
+    return jax.random.normal(jax.random.key(0), (count, 8, 8, 1))
+
+
+@pytest.mark.parametrize("integers", [[], ["--integers"]])
+def test_a_calibrated_network_becomes_a_program_for_any_batch(calibrated, tmp_path, integers):
+    pytest.importorskip("flatbuffers")
+    assert main(calibrated, "stablehlo", tmp_path / "m", *integers) == 0
+    program = jax.export.deserialize((tmp_path / "m").read_bytes())
+    model, _ = export.packed_model(calibrated)
+    assert "conv1" in str(qj.report(model))
+    for count in (1, 3):
+        found = program.call(images(count))
+        np.testing.assert_allclose(found, jax.jit(model)(images(count)), atol=1e-4)
+
+
+def test_a_trained_network_becomes_a_packed_file(trained, tmp_path, capsys):
+    out = tmp_path / "m.safetensors"
+    assert main(trained, "safetensors", out) == 0
+    assert f"{out.stat().st_size:,} bytes" in capsys.readouterr().out
+    config = cli.parse(["x", "--config=configs/digits.py:bits=4", "--workdir=x"]).config
+    config.model.width = 4
+    loaded = load_packed(build.float_model(config), out)
+    loaded.eval()
+    model, _ = export.packed_model(trained)
+    np.testing.assert_array_equal(jax.jit(loaded)(images(2)), jax.jit(model)(images(2)))
+    assert jnp.isfinite(loaded(images(2))).all()
+
+
+def test_what_cannot_be_exported_is_said_and_nothing_written(trained, tmp_path, capsys):
+    assert main(tmp_path, "safetensors", tmp_path / "m") == cli.WRONG_USAGE
+    assert "holds no run" in capsys.readouterr().err
+    assert main(trained, "stablehlo", tmp_path / "m") == cli.WRONG_USAGE
+    assert "give batch_size" in capsys.readouterr().err
+    assert main(trained, "safetensors", tmp_path / "none" / "m") == cli.WRONG_USAGE
+    assert "make it first" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(trained, "safetensors", tmp_path / "m", "--integers")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,187 @@
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import qat_jax as qj
+from qat_jax.description import describe, restore
+from qat_jax.export import load_packed, save_packed
+from qat_jax.integer import pack_model, unpack
+from qat_jax.models.mobilenet_v1 import SeparableBlock
+from qat_jax.nnx import layer_sites
+
+READER = Path(__file__).parents[2] / "docs" / "read_packed.py"
+POLICIES = ["vsquant-4/4U/4/6", "octav-w3a3", "nvfp4", "mxint8", "vsquant-4/8U/fp16/-"]
+INPUTS = jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
+
+
+def net():
+    rngs = nnx.Rngs(0)
+    return nnx.Sequential(
+        SeparableBlock(8, 20, 1, rngs=rngs),
+        nnx.Conv(20, 12, (3, 3), feature_group_count=2, rngs=rngs),
+        nnx.Dropout(0.5, rngs=rngs),
+        nnx.Linear(12, 5, rngs=rngs),
+    )
+
+
+def packed_net(policy):
+    model = qj.quantize_model(net(), policy)
+    if policy == "octav-w3a3":
+        qj.calibrate(model, [INPUTS])
+    model = pack_model(model, INPUTS)
+    model.eval()
+    return model
+
+
+@nnx.jit
+def run(model, inputs):
+    return model(inputs)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_file_brings_the_model_back_bit_for_bit(tmp_path, policy):
+    model = packed_net(policy)
+    save_packed(model, tmp_path / "m.safetensors")
+    loaded = load_packed(nnx.eval_shape(net), tmp_path / "m.safetensors")
+    loaded.eval()
+    np.testing.assert_array_equal(run(loaded, INPUTS), run(model, INPUTS))
+    assert str(qj.report(loaded)) == str(qj.report(model))
+    assert not list(tmp_path.glob(".*"))
+
+    save_packed(loaded, tmp_path / "again.safetensors")
+    first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("m", "again"))
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, second[name])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_numpy_alone_reads_the_same_numbers(tmp_path, policy):
+    model = packed_net(policy)
+    save_packed(model, tmp_path / "m.safetensors")
+    spec = importlib.util.spec_from_file_location("read_packed", READER)
+    reader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reader)
+    found = reader.read(tmp_path / "m.safetensors")
+    sites = layer_sites(model)
+    assert len(sites) == 4
+    for site in sites:
+        kernel = qj.dequantize(unpack(site.installed.weights.packed))
+        np.testing.assert_array_equal(found[f"{site.path}/kernel"], kernel)
+    np.testing.assert_array_equal(found["layers/3/bias"], model.layers[3].bias[...])
+
+
+def test_a_process_without_jax_reads_a_file(tmp_path):
+    save_packed(packed_net("octav-w3a3"), tmp_path / "m.safetensors")
+    without_jax = "import sys; sys.modules['jax'] = None; import runpy; sys.argv = sys.argv[1:]; "
+    run_it = "runpy.run_path(sys.argv[0], run_name='__main__')"
+    printed = subprocess.run(
+        [sys.executable, "-c", without_jax + run_it, READER, tmp_path / "m.safetensors"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "layers/1/kernel" in printed
+    assert "(3, 3, 10, 12)" in printed
+
+
+def test_another_process_computes_the_same(tmp_path):
+    model = packed_net("vsquant-4/4U/4/6")
+    save_packed(model, tmp_path / "m.safetensors")
+    np.save(tmp_path / "expected.npy", run(model, INPUTS))
+    code = """
+import sys, numpy as np
+from flax import nnx
+from qat_jax.export import load_packed
+from tests.export.test_packed_file import INPUTS, net, run
+model = load_packed(nnx.eval_shape(net), sys.argv[1])
+model.eval()
+assert (np.asarray(run(model, INPUTS)) == np.load(sys.argv[2])).all()
+"""
+    files = [tmp_path / "m.safetensors", tmp_path / "expected.npy"]
+    subprocess.run([sys.executable, "-c", code, *files], check=True, cwd=READER.parents[1])
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    model = packed_net("octav-w3a3")
+    save_packed(model, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load_packed(net(), path)
+    save_file({"a": np.ones(3)}, path)
+    with pytest.raises(ValueError, match="write one with save_packed"):
+        load_packed(net(), path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_packed(net(), tmp_path / "none.safetensors")
+    with pytest.raises(FileNotFoundError, match="make it first"):
+        save_packed(model, tmp_path / "none" / "m.safetensors")
+    with pytest.raises(ValueError, match="pack_model comes first"):
+        save_packed(net(), path)
+
+
+def rewritten(path, change_arrays=None, change_content=None):
+    arrays = load_file(path)
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    content = json.loads(json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]["qat_jax"])
+    if change_arrays:
+        change_arrays(arrays)
+    if change_content:
+        change_content(content)
+    save_file(arrays, path, metadata={"qat_jax": json.dumps(content)})
+
+
+def test_a_file_of_another_model_or_a_later_layout_is_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    model = packed_net("octav-w3a3")
+    wider = nnx.Sequential(*net().layers[:-1], nnx.Linear(12, 6, rngs=nnx.Rngs(0)))
+    longer = nnx.Sequential(*net().layers, nnx.LayerNorm(5, rngs=nnx.Rngs(0)))
+    save_packed(model, path)
+    with pytest.raises(ValueError, match=r"of another model: layers/3/weights has shape \(12, 5\)"):
+        load_packed(wider, path)
+    with pytest.raises(ValueError, match="only one of the two has 'layers/4/bias'"):
+        load_packed(longer, path)
+    rewritten(path, change_arrays=lambda arrays: arrays.pop("layers/3/weights.scale"))
+    with pytest.raises(ValueError, match=r"codes or scales of layers/3/weights are missing"):
+        load_packed(net(), path)
+    save_packed(model, path)
+    rewritten(path, change_content=lambda content: content.update(version=2))
+    with pytest.raises(ValueError, match="this qat_jax knows 1"):
+        load_packed(net(), path)
+
+
+def test_every_quantiser_of_the_library_can_be_described():
+    quantizers = [
+        quantizer
+        for name in [*POLICIES, "mxfp4", "max-w8a8"]
+        for rule in qj.preset(name).rules
+        for quantizer in (rule.weights, rule.activations)
+    ]
+    quantizers += [
+        qj.Quantizer(qj.Int(4), clipping=clipping)
+        for clipping in (qj.Exact(), qj.MseSweep(), qj.Entropy(), qj.Percentile(99.9))
+    ]
+    for quantizer in quantizers:
+        described = json.loads(json.dumps(describe(quantizer)))
+        assert restore(described) == quantizer
+
+
+def test_a_quantiser_of_ones_own_cannot_be_described():
+    def rule(x, lower, upper, g):
+        return g
+
+    with pytest.raises(ValueError, match="cannot be described in a file"):
+        describe(qj.Quantizer(qj.Int(4), gradient=rule))
+    with pytest.raises(ValueError, match="no 'Int5'"):
+        restore({"type": "Int5"})
+    with pytest.raises(ValueError, match="not a Int"):
+        restore({"type": "Int", "width": 4})

@@ -1,0 +1,151 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import qat_jax as qj
+from qat_jax.integer import Datapath, Packed, integer_model, pack_model
+from qat_jax.models import BertForQuestionAnswering, BertSize
+from qat_jax.models.mobilenet_v1 import SeparableBlock
+from qat_jax.models.resnet_cifar import BasicBlock
+
+SMALL_BERT = BertSize(layers=1, hidden=32, heads=2, intermediate=48, vocabulary=20, positions=9)
+
+
+def separable(rngs):
+    return nnx.Sequential(SeparableBlock(8, 20, 1, rngs=rngs), SeparableBlock(20, 12, 2, rngs=rngs))
+
+
+def residual(rngs):
+    return BasicBlock(8, 20, 2, rngs=rngs)
+
+
+def bert(rngs):
+    return BertForQuestionAnswering(SMALL_BERT, rngs=rngs)
+
+
+def products(rngs):
+    return nnx.Sequential(
+        nnx.LinearGeneral((3, 8), (4, 6), axis=(1, 2), rngs=rngs),
+        nnx.Einsum("bhi,hij->bhj", (4, 6, 5), (4, 5), rngs=rngs),
+    )
+
+
+TOKENS = jnp.array([[1, 5, 3, 7, 2, 0], [4, 4, 9, 0, 0, 0]])
+CASES = {
+    "separable": (separable, jax.random.normal(jax.random.key(0), (2, 8, 8, 8))),
+    "residual": (residual, jax.random.normal(jax.random.key(0), (2, 6, 6, 8))),
+    "bert": (bert, TOKENS),
+    "products": (products, jax.random.normal(jax.random.key(0), (2, 3, 8))),
+}
+
+
+def quantised(case, policy):
+    make, inputs = CASES[case]
+    model = make(nnx.Rngs(0))
+    for _, variable in nnx.iter_graph(model):
+        # Without biases, sums that are 0 in integers and 1e-9 in floats stay so, and OCTAV does not
+        # count zeros.
+        if isinstance(variable, nnx.Param) and variable.get_value().ndim == 1:
+            value = variable.get_value()
+            variable.set_value(value + 0.1 * jax.random.normal(jax.random.key(1), value.shape))
+    model = qj.quantize_model(model, policy)
+    model.eval()
+    return model, inputs
+
+
+@nnx.jit
+def run(model, inputs):
+    return model(inputs)
+
+
+@nnx.jit
+def padded(model, tokens, mask):
+    with qj.ignore_padding(mask):
+        return model(tokens, mask=mask)
+
+
+def stored_bytes(model):
+    """Of kernels, packed or not, and all other parameters."""
+    state = nnx.state(model, nnx.Any(nnx.Param, Packed))
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("policy", ["vsquant-4/4U/4/6", "nvfp4"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_packed_model_computes_the_same_from_fewer_bytes(case, policy):
+    model, inputs = quantised(case, policy)
+    packed = pack_model(model, inputs[:1])
+    packed.eval()
+    np.testing.assert_array_equal(run(packed, inputs), run(model, inputs))
+    kernels = len([path for path in qj.operand_quantizers(model) if path.endswith("weights")])
+    spare = stored_bytes(packed) - qj.model_storage(model, inputs).bytes
+    assert 0 <= spare <= 2 * kernels  # the last bytes of codes and of scales
+    assert stored_bytes(model) > 2 * stored_bytes(packed) or case == "bert"
+
+
+@pytest.mark.parametrize("policy", ["vsquant-4/4U/4/6", "octav-w4a4"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_in_integers_computes_the_same_up_to_rounding(case, policy):
+    model, inputs = quantised(case, policy)
+    packed = pack_model(model, inputs[:1])
+    found, expected = run(integer_model(packed), inputs), run(model, inputs)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+
+
+def test_frozen_thresholds_are_used():
+    model, inputs = quantised("separable", "octav-w4a4")
+    qj.calibrate(model, [3 * inputs])
+    dynamic, _ = quantised("separable", "octav-w4a4")
+    expected = run(model, inputs)
+    assert jnp.abs(expected - run(dynamic, inputs)).max() > 1e-3
+    packed = pack_model(model, inputs)
+    np.testing.assert_array_equal(run(packed, inputs), expected)
+    np.testing.assert_allclose(run(integer_model(packed), inputs), expected, atol=1e-5)
+
+
+def test_padding_moves_no_threshold():
+    model, inputs = quantised("bert", "octav-w4a4")
+    integers = integer_model(pack_model(model, inputs))
+    mask = inputs > 0
+    for padding in (0, 11):
+        tokens = jnp.where(mask, inputs, padding)
+        found, expected = (padded(m, tokens, mask) for m in (integers, model))
+        np.testing.assert_allclose(found[mask], expected[mask], atol=1e-5)
+
+
+def test_rounded_scale_products_change_the_result_and_full_ones_do_not():
+    model, inputs = quantised("residual", "vsquant-4/4U/4/6")
+    packed = pack_model(model, inputs)
+    exact = run(integer_model(packed), inputs)
+
+    def with_bits(bits):
+        return run(integer_model(packed, Datapath(scale_product_bits=bits)), inputs)
+
+    np.testing.assert_array_equal(with_bits(10), exact)
+    errors = [float(jnp.abs(with_bits(bits) - exact).max()) for bits in (8, 3)]
+    assert 0 < errors[0] < errors[1]
+
+
+def test_an_accumulator_that_is_too_narrow_is_refused():
+    model, inputs = quantised("residual", "octav-w4a4")
+    integers = integer_model(pack_model(model, inputs), Datapath(accumulator_bits=12))
+    with pytest.raises(ValueError, match="accumulator of 12 bits can overflow"):
+        run(integers, inputs)
+
+
+def test_what_cannot_be_packed_or_computed_in_integers_is_said():
+    inputs = jnp.ones((1, 4, 4, 3))
+    plain = nnx.Sequential(nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="quantise it first"):
+        pack_model(plain, inputs)
+    transposed = nnx.Sequential(nnx.ConvTranspose(3, 4, (3, 3), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="ConvTranspose layers/0 has no packed form"):
+        pack_model(qj.quantize_model(transposed, "octav-w4a4"), inputs)
+    with pytest.raises(ValueError, match="pack_model comes first"):
+        integer_model(qj.quantize_model(plain, "octav-w4a4"))
+    weights_only = qj.Policy([qj.Rule(".*", weights=qj.Quantizer(qj.Int(4)))])
+    packed = pack_model(qj.quantize_model(plain, weights_only), inputs)
+    with pytest.raises(ValueError, match="the input of layers/0 is a float"):
+        integer_model(packed)
