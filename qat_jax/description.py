@@ -50,7 +50,7 @@ def describe(value: Any) -> Any:
     if isinstance(value, str | int | float | None):
         return value
     name = type(value).__name__
-    if _TYPES.get(name) is not type(value):
+    if not dataclasses.is_dataclass(value) or _TYPES.get(name) is not type(value):
         raise ValueError(f"{value!r} cannot be described in a file: use one of {', '.join(_TYPES)}")
     fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return {"type": name} | fields

@@ -227,8 +227,8 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
     }
     model = copy_model(model)
     for site in layer_sites(model):
-        if replacements.get(site.path) is not None:
-            site.install(replacements[site.path])
+        if (replacement := replacements.get(site.path)) is not None:
+            site.install(replacement)
     return model
 
 

@@ -93,7 +93,7 @@ def load_packed(model: nnx.Module, path: str | Path) -> nnx.Module:
 
     Args:
       model: the float model of the same architecture, of which only the architecture is used: one
-        made under ``nnx.eval_shape`` will do. It is left as it is.
+        made under ``nnx.eval_shape`` will do, if it has no dropout. It is left as it is.
       path: a file that `save_packed` wrote.
 
     Returns:

@@ -95,10 +95,10 @@ class IntegerOp(nnx.Module):
       weights: the kernel; that of the layer is empty.
     """
 
-    def __init__(self, op: PackedOp, datapath: Datapath) -> None:
+    def __init__(self, op: PackedOp, activations: OperandQuantizer, datapath: Datapath) -> None:
         self.op = op.op
         self.datapath = datapath
-        self.activations = op.activations
+        self.activations = activations
         self.weights = op.weights
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
@@ -256,15 +256,15 @@ def integer_model(model: nnx.Module, datapath: Datapath = Datapath()) -> nnx.Mod
     if not any(isinstance(site.installed, PackedOp) for site in sites):
         raise ValueError("the model has no packed kernel: pack_model comes first")
     for site in sites:
-        match site.installed:
-            case PackedOp(activations=None):
+        op = site.installed
+        if isinstance(op, QuantizedAttention):
+            site.install(IntegerAttention(op, datapath))
+        elif isinstance(op, PackedOp):
+            if op.activations is None:
                 raise ValueError(
                     f"the input of {site.path} is a float: integers need quantised activations too"
                 )
-            case PackedOp() as op:
-                site.install(IntegerOp(op, datapath))
-            case QuantizedAttention() as attention:
-                site.install(IntegerAttention(attention, datapath))
+            site.install(IntegerOp(op, op.activations, datapath))
     return model
 
 
