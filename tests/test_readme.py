@@ -22,8 +22,10 @@ class MyModel(nnx.Module):
         return self.head(nnx.relu(self.body(x)).mean((1, 2)))
 
 
-def test_the_readme_runs(capsys):
-    whole, rules, pure, vectors, diagnostics = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_readme_runs(capsys, tmp_path, monkeypatch):
+    whole, rules, pure, vectors, diagnostics, elsewhere = re.findall(
+        r"```python\n(.*?)```", README, re.DOTALL
+    )
     images = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
     names = {"MyModel": MyModel, "my_loss": lambda y, target: jnp.mean((y - target) ** 2)}
     exec(whole, names)
@@ -39,7 +41,16 @@ def test_the_readme_runs(capsys):
     w = jax.random.normal(jax.random.key(1), (8, 5))
     exec(pure, names | {"x": w.T, "w": w, "dims": (((1,), (0,)), ((), ()))})
 
-    exec(vectors, names | {"x": jax.random.normal(jax.random.key(2), (40, 5)), "nnx": nnx})
+    vector_names = names | {"x": jax.random.normal(jax.random.key(2), (40, 5)), "nnx": nnx}
+    exec(vectors, vector_names)
 
     names["x"] = images
     exec(diagnostics, names)
+
+    monkeypatch.chdir(tmp_path)
+    names["model4"] = vector_names["model4"]
+    names["model4"].eval()
+    exec(elsewhere, names)
+    expected = names["model4"](images)
+    assert jnp.abs(names["program"].call(images) - expected).max() < 1e-4
+    assert (tmp_path / "net.safetensors").is_file()

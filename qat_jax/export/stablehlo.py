@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.export
 from flax import nnx
-from jax.core import InconclusiveDimensionOperation
+from jax.errors import InconclusiveDimensionOperation
 
 from qat_jax.nnx import copy_model
 
