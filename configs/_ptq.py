@@ -39,6 +39,7 @@ def ptq_config(notation: str) -> dict[str, Any]:
             "batch_norm_batches": 0,  # that batch norms are re-estimated on, quantised
         },
         "fold_batch_norm": False,
+        "scale_product_bits": (3, 4, 5, 6, 7, 8),  # that `experiments.integers` rounds to
         # Those that `experiments.ptq_tables` measures.
         "tables": ("calibrators", "vectors", "sizes", "scales", "clipping", "order"),
     }

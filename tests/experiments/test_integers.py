@@ -1,0 +1,61 @@
+"""A network in integers beside the simulated one."""
+
+import csv
+import json
+
+import pytest
+from flax import nnx
+
+from experiments import cli, integers
+from qat_jax.models import CifarResNet, save_weights
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "resnet8.safetensors"
+    save_weights(CifarResNet(8, in_channels=1, width=4, rngs=nnx.Rngs(0)), path)
+    return path
+
+
+def main(workdir, weights, notation, *changes):
+    arguments = [
+        "integers",
+        f"--config=configs/cifar10_resnet20_ptq.py:{notation}",
+        f"--workdir={workdir}",
+        f"--config.model.pretrained={weights}",
+        "--config.dataset.name=digits",
+        "--config.dataset.mean=(0.5,)",
+        "--config.dataset.std=(0.5,)",
+        "--config.model.in_channels=1",
+        "--config.model.depth=8",
+        "--config.model.width=4",
+        "--config.scale_product_bits=(1, 10)",
+        *changes,
+    ]
+    return cli.main(integers.run, integers.__doc__, arguments)
+
+
+def test_integers_answer_as_the_simulation_does_and_rounded_products_otherwise(tmp_path, weights):
+    assert main(tmp_path / "run", weights, "4/4U/4/6") == 0
+    metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    assert metrics["count"] == 360
+    assert metrics["other_answers"] == 0
+    assert metrics["integer_accuracy"] == metrics["simulated_accuracy"]
+    # A sum beside the middle of two codes may be rounded to the other one.
+    assert 0 < metrics["largest_difference"] < 0.1 * metrics["largest_output"]
+    # Products of 4- and 6-bit scales have 10 bits: rounding them to as many is no rounding.
+    assert list(metrics["by_scale_product_bits"]) == ["1"]
+    assert metrics["by_scale_product_bits"]["1"] != metrics["integer_accuracy"]
+    rows = list(csv.reader((tmp_path / "run" / integers.CSV).open()))
+    assert [row[0] for row in rows] == ["scale_product_bits", "1", "full"]
+    assert (tmp_path / "run" / integers.FIGURE).stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("notation", "message"),
+    [("float", "give a notation"), ("4/4/fp16/fp16", "scales that differ inside a sum")],
+)
+def test_what_has_no_integers_is_refused(tmp_path, weights, capsys, notation, message):
+    assert main(tmp_path / "run", weights, notation) == cli.WRONG_USAGE
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
