@@ -1,0 +1,174 @@
+"""Figures of `experiments.hardware`: counterparts of VS-Quant's figures 3 to 7."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import qat_jax as qj
+from experiments.accuracies import Accuracies
+from experiments.figures import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, VERMILION
+
+_DPI = 110
+_MOST_LOST = 12.0  # points below float that are still drawn
+_KINDS = {  # colour and marker
+    "one scale a channel, layer": (GREY, "s"),
+    "vector scales of both": (BLUE, "o"),
+    "vector scales of one": (SKY, "^"),
+    "block format": (VERMILION, "*"),
+}
+_LOSS_BANDS = ((0.5, GREEN), (1.0, SKY), (2.0, ORANGE), (_MOST_LOST, VERMILION))
+_TICKS = (-1, -0.5, 0, 0.5, 1, 2, 5, 10)
+Row = Mapping[str, Any]
+
+
+def fit(path: Path, points: Mapping[str, Sequence[Row]]) -> None:
+    """Every published point beside what the model says, fitted and left out.
+
+    Args:
+        path: the PNG to write.
+        points: by measure, as in published.csv.
+    """
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    for axes, (measure, rows) in zip(figure.subplots(1, len(points)), points.items(), strict=True):
+        rows = sorted(rows, key=lambda row: row["published"])
+        places = np.arange(len(rows))
+        axes.plot([row["published"] for row in rows], places, "o", color=BLACK, label="published")
+        axes.plot([row["modelled"] for row in rows], places, "x", color=BLUE, label="modelled")
+        left_out = [
+            (row["left_out"], y) for row, y in zip(rows, places, strict=True) if row["left_out"]
+        ]
+        axes.plot(*zip(*left_out, strict=True), "|", color=ORANGE, markersize=12, mew=2,
+                  label="predicted, the point left out")  # fmt: skip
+        axes.set_yticks(places, [row["design"] for row in rows])
+        axes.set_xlabel(f"{measure}, relative to 8/8/-/-")
+        axes.set_title(f"{measure.capitalize()} of the processing element"
+                       if measure == "area" else "Energy of an operation")  # fmt: skip
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right", fontsize=9)
+    figure.savefig(path, dpi=_DPI)
+
+
+def rounding(path: Path, rows: Sequence[Row]) -> None:
+    """Energy by the bits of the scale product: published, and as modelled (figure 3).
+
+    Args:
+        path: the PNG to write.
+        rows: as in rounding.csv.
+    """
+    designs = list(dict.fromkeys(row["design"] for row in rows))
+    series = {"published": BLACK, "width_alone": SKY, "gated": ORANGE}
+    names = {
+        "published": "published",
+        "width_alone": "modelled: narrower product",
+        "gated": "modelled: zero products skipped, as measured",
+    }
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    for axes, design in zip(figure.subplots(1, len(designs), sharey=True), designs, strict=True):
+        mine = [row for row in rows if row["design"] == design]
+        present = [name for name in series if name in mine[0]]
+        for place, name in enumerate(present):
+            offset = (place - (len(present) - 1) / 2) * 0.27
+            axes.bar(np.arange(len(mine)) + offset, [row[name] for row in mine], 0.25,
+                     color=series[name], label=names[name])  # fmt: skip
+        axes.set_xticks(np.arange(len(mine)), [row["column"] for row in mine])
+        axes.set_title(design)
+        axes.grid(axis="y", alpha=0.3)
+    figure.axes[0].set_ylabel("energy, relative to 8/8/-/-")
+    figure.supxlabel("bits of the scale product")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.savefig(path, dpi=_DPI)
+
+
+def design_space(path: Path, rows: Sequence[Row], networks: Mapping[str, Accuracies]) -> None:
+    """For each network what accuracy costs in area and in energy, and both costs together.
+
+    Args:
+        path: the PNG to write.
+        rows: as in designs.csv.
+        networks: the accuracies among them.
+    """
+    figure = Figure(figsize=(16, 5.0 * len(networks)), layout="constrained")
+    grid = figure.subplots(len(networks), 3, squeeze=False)
+    for axes, (name, network) in zip(grid, networks.items(), strict=True):
+        known = [row for row in rows if row[f"{name}_percent"] != ""]
+        lost = {row["design"]: network.in_float - row[f"{name}_percent"] for row in known}
+        drawn = [row for row in known if lost[row["design"]] <= _MOST_LOST]
+        for part, cost in zip(axes, ("area", "energy"), strict=False):
+            _accuracy_panel(part, drawn, lost, cost, f"{name}_{cost}_front")
+            part.set_title(f"{network.label}, {network.in_float:.1f} % in float", fontsize=11)
+        _cost_panel(axes[2], rows, drawn, lost)
+        axes[2].set_title(f"{network.label}: area and energy", fontsize=11)
+    figure.savefig(path, dpi=_DPI)
+
+
+def _accuracy_panel(
+    axes: Axes, rows: Sequence[Row], lost: Mapping[str, float], cost: str, front: str
+) -> None:
+    for kind, (colour, marker) in _KINDS.items():
+        mine = [row for row in rows if _kind(row["design"]) == kind]
+        if mine:
+            axes.plot([row[cost] for row in mine], [lost[row["design"]] for row in mine], marker,
+                      color=colour, label=kind, alpha=0.75, mec="white",
+                      markersize=15 if marker == "*" else 8)  # fmt: skip
+    best = sorted((row for row in rows if row[front]), key=lambda row: row[cost])
+    axes.step([row[cost] for row in best], [lost[row["design"]] for row in best], where="post",
+              color=BLACK, linewidth=1, label="Pareto front", zorder=0)  # fmt: skip
+    axes.set_yscale("symlog", linthresh=1)
+    low, high = axes.get_ylim()
+    low, high = min(low, -0.7), 1.25 * high
+    ticks = [tick for tick in _TICKS if low <= tick <= high]
+    axes.set_yticks(ticks, labels=map(str, ticks))
+    axes.minorticks_off()
+    axes.set_ylim(high, low)  # the better, the higher
+    axes.margins(x=0.12)
+    named = [row for row in rows if row[front] or _kind(row["design"]) == "block format"]
+    _name(axes, [(row["design"], row[cost], lost[row["design"]]) for row in named])
+    axes.set_xlabel(f"{cost}, relative to 8/8/-/-")
+    axes.set_ylabel("points below float")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def _cost_panel(
+    axes: Axes, rows: Sequence[Row], known: Sequence[Row], lost: Mapping[str, float]
+) -> None:
+    """Every design in grey, the measured ones coloured by what they lose."""
+    axes.plot([row["area"] for row in rows], [row["energy"] for row in rows], ".", color="0.85",
+              label="all designs", zorder=0)  # fmt: skip
+    least = -np.inf
+    for most, colour in _LOSS_BANDS:
+        mine = [row for row in known if least < lost[row["design"]] <= most]
+        for block in (False, True):
+            part = [row for row in mine if (_kind(row["design"]) == "block format") == block]
+            axes.plot([row["area"] for row in part], [row["energy"] for row in part],
+                      "*" if block else "o", color=colour, mec="white",
+                      markersize=15 if block else 8,
+                      label=None if block else f"up to {most:g} points lost")  # fmt: skip
+        least = most
+    named = [row for row in known if _kind(row["design"]) == "block format"]
+    named += [row for row in known if row["design"] in ("4/4/4/6", "8/8/-/-", "4/4/-/-")]
+    _name(axes, [(row["design"], row["area"], row["energy"]) for row in named])
+    axes.set_xlabel("area, relative to 8/8/-/-")
+    axes.set_ylabel("energy, relative to 8/8/-/-")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="upper left")
+
+
+def _kind(design: str) -> str:
+    if "/" not in design:
+        return "block format"
+    notation = qj.Notation.parse(design)
+    scales = [notation.weight_scale, notation.activation_scale].count(None)
+    return ("vector scales of both", "vector scales of one", "one scale a channel, layer")[scales]
+
+
+def _name(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """Writes names beside points, above and below in turn from left to right."""
+    for number, (name, x, y) in enumerate(sorted(points, key=lambda point: point[1:])):
+        below = number % 2
+        axes.annotate(name, (x, y), xytext=(0, -9 if below else 9), textcoords="offset points",
+                      ha="center", va="top" if below else "bottom", fontsize=8)  # fmt: skip
