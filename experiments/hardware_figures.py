@@ -21,6 +21,8 @@ _KINDS = {  # colour and marker
     "block format": (VERMILION, "*"),
 }
 _LOSS_BANDS = ((0.5, GREEN), (1.0, SKY), (2.0, ORANGE), (_MOST_LOST, VERMILION))
+_LANDMARKS = ("8/8/-/-", "6/6/-/-", "4/4/-/-", "4/4/4/6", "4/8/4/6")
+_LETTER = 5.0  # width of a letter of a name, in points
 _TICKS = (-1, -0.5, 0, 0.5, 1, 2, 5, 10)
 Row = Mapping[str, Any]
 
@@ -76,6 +78,7 @@ def rounding(path: Path, rows: Sequence[Row]) -> None:
                      color=series[name], label=names[name])  # fmt: skip
         axes.set_xticks(np.arange(len(mine)), [row["column"] for row in mine])
         axes.set_title(design)
+        axes.set_axisbelow(True)
         axes.grid(axis="y", alpha=0.3)
     figure.axes[0].set_ylabel("energy, relative to 8/8/-/-")
     figure.supxlabel("bits of the scale product")
@@ -93,15 +96,27 @@ def design_space(path: Path, rows: Sequence[Row], networks: Mapping[str, Accurac
     """
     figure = Figure(figsize=(16, 5.0 * len(networks)), layout="constrained")
     grid = figure.subplots(len(networks), 3, squeeze=False)
+    panels: list[tuple[Axes, dict[str, tuple[float, float]], list[str]]] = []
     for axes, (name, network) in zip(grid, networks.items(), strict=True):
         known = [row for row in rows if row[f"{name}_percent"] != ""]
         lost = {row["design"]: network.in_float - row[f"{name}_percent"] for row in known}
         drawn = [row for row in known if lost[row["design"]] <= _MOST_LOST]
-        for part, cost in zip(axes, ("area", "energy"), strict=False):
-            _accuracy_panel(part, drawn, lost, cost, f"{name}_{cost}_front")
+        first = [r["design"] for r in drawn if _kind(r["design"]) == "block format"]
+        first += [design for design in _LANDMARKS if design in lost]
+        for part, cost in [(axes[0], "area"), (axes[1], "energy")]:
+            front = f"{name}_{cost}_front"
+            _accuracy_panel(part, drawn, lost, cost, front)
             part.set_title(f"{network.label}, {network.in_float:.1f} % in float", fontsize=11)
+            places = {row["design"]: (row[cost], lost[row["design"]]) for row in drawn}
+            best = [row["design"] for row in drawn if row[front]]
+            panels.append((part, places, [*first, *best]))
         _cost_panel(axes[2], rows, drawn, lost)
         axes[2].set_title(f"{network.label}: area and energy", fontsize=11)
+        places = {row["design"]: (row["area"], row["energy"]) for row in drawn}
+        panels.append((axes[2], places, first))
+    figure.draw_without_rendering()  # settles where points are on the page
+    for part, places, names in panels:
+        _Names(part, places).write([name for name in dict.fromkeys(names) if name in places])
     figure.savefig(path, dpi=_DPI)
 
 
@@ -125,8 +140,6 @@ def _accuracy_panel(
     axes.minorticks_off()
     axes.set_ylim(high, low)  # the better, the higher
     axes.margins(x=0.12)
-    named = [row for row in rows if row[front] or _kind(row["design"]) == "block format"]
-    _name(axes, [(row["design"], row[cost], lost[row["design"]]) for row in named])
     axes.set_xlabel(f"{cost}, relative to 8/8/-/-")
     axes.set_ylabel("points below float")
     axes.grid(alpha=0.3)
@@ -149,9 +162,6 @@ def _cost_panel(
                       markersize=15 if block else 8,
                       label=None if block else f"up to {most:g} points lost")  # fmt: skip
         least = most
-    named = [row for row in known if _kind(row["design"]) == "block format"]
-    named += [row for row in known if row["design"] in ("4/4/4/6", "8/8/-/-", "4/4/-/-")]
-    _name(axes, [(row["design"], row["area"], row["energy"]) for row in named])
     axes.set_xlabel("area, relative to 8/8/-/-")
     axes.set_ylabel("energy, relative to 8/8/-/-")
     axes.grid(alpha=0.3)
@@ -166,9 +176,52 @@ def _kind(design: str) -> str:
     return ("vector scales of both", "vector scales of one", "one scale a channel, layer")[scales]
 
 
-def _name(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """Writes names beside points, above and below in turn from left to right."""
-    for number, (name, x, y) in enumerate(sorted(points, key=lambda point: point[1:])):
-        below = number % 2
-        axes.annotate(name, (x, y), xytext=(0, -9 if below else 9), textcoords="offset points",
-                      ha="center", va="top" if below else "bottom", fontsize=8)  # fmt: skip
+class _Names:
+    """Writes names beside the points of a panel; leaves out those for which there is no room.
+
+    Args:
+        axes: the panel, its limits and layout settled.
+        places: of all points by name, in the panel's units; none is written over.
+    """
+
+    def __init__(self, axes: Axes, places: Mapping[str, tuple[float, float]]):
+        self.axes = axes
+        self.places = places
+        self.point = axes.figure.dpi / 72  # pixels
+        # Rectangles in use: left, bottom, right, top, in points of 1/72 inch.
+        points = [self._place(*place) for place in places.values()]
+        self.taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
+
+    def write(self, names: Sequence[str]) -> None:
+        """Names points, the first ones first, where nothing is in the way."""
+        for name in names:
+            half = _LETTER * len(name) / 2
+            x, y = self._place(*self.places[name])
+            aside = half + 9
+            near = [(0, 11), (0, -11), (aside, 0), (-aside, 0), (aside, 9), (aside, -9)]
+            for dx, dy in [*near, (0, 21), (0, -21)]:
+                box = (x + dx - half, y + dy - 5, x + dx + half, y + dy + 5)
+                if self._inside(box) and not any(_overlap(box, other) for other in self.taken):
+                    self.taken.append(box)
+                    self.axes.annotate(name, self.places[name], xytext=(dx, dy),
+                                       textcoords="offset points", ha="center", va="center",
+                                       fontsize=8)  # fmt: skip
+                    break
+
+    def _place(self, x: float, y: float) -> tuple[float, float]:
+        left, bottom = self.axes.transData.transform((x, y))
+        return float(left) / self.point, float(bottom) / self.point
+
+    def _inside(self, box: tuple[float, float, float, float]) -> bool:
+        panel = [edge / self.point for edge in self.axes.bbox.bounds]
+        left, bottom, width, height = panel
+        return (
+            left <= box[0]
+            and bottom <= box[1]
+            and box[2] <= left + width
+            and box[3] <= bottom + height
+        )
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
