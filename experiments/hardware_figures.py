@@ -69,7 +69,8 @@ def rounding(path: Path, rows: Sequence[Row]) -> None:
         "gated": "modelled: zero products skipped, as measured",
     }
     figure = Figure(figsize=(12, 4.2), layout="constrained")
-    for axes, design in zip(figure.subplots(1, len(designs), sharey=True), designs, strict=True):
+    grid = figure.subplots(1, len(designs), sharey=True, squeeze=False)
+    for axes, design in zip(grid[0], designs, strict=True):
         mine = [row for row in rows if row["design"] == design]
         present = [name for name in series if name in mine[0]]
         for place, name in enumerate(present):
