@@ -3,18 +3,19 @@
 from typing import Any
 
 from qat_jax import Notation
+from qat_jax.policy import BLOCK_FORMATS
 
 
 def ptq_config(notation: str) -> dict[str, Any]:
     """Sections `quant`, `clipping`, `scale`, `calibration`, and what goes with them.
 
     Args:
-        notation: W/A/ws/as, or "float".
+        notation: W/A/ws/as, a block format such as "nvfp4", or "float".
 
     Raises:
         ValueError: the notation cannot be read; the message teaches it.
     """
-    if notation != "float":
+    if notation not in ("float", *BLOCK_FORMATS):
         notation = str(Notation.parse(notation))
     return {
         "quant": {

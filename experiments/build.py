@@ -25,6 +25,7 @@ from qat_jax.models import (
     find_pretrained,
     load_weights,
 )
+from qat_jax.policy import BLOCK_FORMATS
 from qat_jax.safetensors_file import read_names
 
 FLOAT_BITS = 32
@@ -161,9 +162,13 @@ def ptq_policy(config: ConfigDict) -> qj.Policy | None:
             raise ValueError(f"quant.overrides has {override!r}: write PATTERN=NOTATION")
         overrides.append(qj.Rule.from_notation(pattern, notation, **options))
     first, last = _ENDS[config.model.name]
-    rest = qj.Policy.from_notation(
-        quant.notation, first=first, last=last, edges=quant.edges, **options
-    )
+    if quant.notation in BLOCK_FORMATS:
+        ends = [qj.Rule.from_notation(end, quant.edges) for end in (first, last) if end]
+        rest = qj.Policy([*ends, *qj.preset(quant.notation).rules])
+    else:
+        rest = qj.Policy.from_notation(
+            quant.notation, first=first, last=last, edges=quant.edges, **options
+        )
     return qj.Policy([*overrides, *rest.rules])
 
 

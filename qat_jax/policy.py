@@ -255,6 +255,7 @@ _BLOCKS: dict[str, tuple[Format, int, Scale]] = {
     "mxfp8-e5m2": (Float(5, 2), 32, E8M0()),
     "mxint8": (Int(8, narrow=True), 32, E8M0()),
 }
+BLOCK_FORMATS = tuple(_BLOCKS)
 
 
 def preset(name: str, *, first: str | None = None, last: str | None = None) -> Policy:

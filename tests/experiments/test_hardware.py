@@ -1,0 +1,97 @@
+import csv
+import json
+
+import pytest
+from flax import nnx
+
+from experiments import cli, hardware, hardware_results
+from qat_jax.hardware import published
+from qat_jax.models import CifarResNet, save_weights
+
+
+def command(workdir, *changes):
+    return [
+        "hardware",
+        "--config=configs/hardware_resnet20.py",
+        f"--workdir={workdir}",
+        "--config.designs.weights=(4,8)",
+        "--config.designs.activations=(4,8)",
+        "--config.designs.scales=('-','4')",
+        *changes,
+    ]
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_main_leaves_what_it_promises(tmp_path, capsys):
+    workdir = tmp_path / "runs" / "hardware"
+    assert cli.main(hardware.run, hardware.__doc__, command(workdir)) == 0
+    assert "4/4/4/6 saves 37.0 % area (published 37.1)" in capsys.readouterr().out
+    designs = {row["design"]: row for row in rows(workdir / "designs.csv")}
+    assert len(designs) == 2 * 2 * 2 * 2 + 3
+    assert float(designs["8/8/-/-"]["area"]) == 1
+    assert designs["4/4/4/4"]["resnet20_percent"] == "89.5"  # results/ptq_resnet20_scales.csv
+    assert designs["4/8/-/-"]["mobilenet_v1_percent"] == "73.7"  # the better of two
+    assert designs["nvfp4"]["resnet20_percent"] == ""
+    assert len(rows(workdir / "published.csv")) == 17 + 21
+    assert len(rows(workdir / "rounding.csv")) == 12
+    metrics = json.loads((workdir / "result.json").read_text())["metrics"]
+    assert metrics["fit"]["area"]["left_out_mean_percent"] < 1
+    assert metrics["fit"]["energy"]["left_out_mean_percent"] < 8
+    for name in ("fit", "rounding", "design_space"):
+        assert (workdir / f"{name}.png").stat().st_size > 5000
+
+    assert cli.main(hardware.run, hardware.__doc__, command(workdir)) == 0
+    assert "nothing to do" in capsys.readouterr().err
+
+    (tmp_path / "results").mkdir()
+    written = hardware_results.write(workdir.parent, tmp_path / "results" / "hw")
+    assert len(written.splitlines()) == 1 + 3 + 3
+    kept = json.loads((tmp_path / "results" / "hw.json").read_text())
+    assert "config" not in kept
+    assert str(tmp_path) not in kept["command"]
+
+
+def test_what_results_lack_is_measured(tmp_path, monkeypatch):
+    one = {"4/4/4/4": published.ROUNDED_ENERGY["4/4/4/4"]}  # each takes seconds to compile
+    monkeypatch.setattr(published, "ROUNDED_ENERGY", one)
+    weights = tmp_path / "resnet8.safetensors"
+    save_weights(CifarResNet(8, in_channels=1, width=4, rngs=nnx.Rngs(0)), weights)
+    changes = [
+        f"--config.bench.model.pretrained={weights}",
+        "--config.bench.dataset.name=digits",
+        "--config.bench.dataset.mean=(0.5,)",
+        "--config.bench.dataset.std=(0.5,)",
+        "--config.bench.model.in_channels=1",
+        "--config.bench.model.depth=8",
+        "--config.bench.model.width=4",
+        "--config.formats=('nvfp4',)",
+        "--config.gating_images=4",
+    ]
+    assert cli.main(hardware.run, hardware.__doc__, command(tmp_path / "x", *changes)) == 0
+    nvfp4 = rows(tmp_path / "x" / "designs.csv")[-1]
+    assert 0 <= float(nvfp4["resnet20_percent"]) <= 100
+    for row in rows(tmp_path / "x" / "rounding.csv"):
+        assert 0 <= float(row["measured_share"]) < 1
+        assert float(row["gated"]) <= float(row["width_alone"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--config.formats=('nvfp5',)", "no preset 'nvfp5'"),
+        ("--config.designs.scales=('fp32',)", "give integer bits"),
+        ("--config.networks.resnet20.vectors=results/none.csv", "no table results/none.csv"),
+        ("--config.networks.resnet20.vectors=README.md", "README.md is no table"),
+        ("--config.bench_network=lenet", "not among the networks"),
+        ("--config.bench.model.pretrained=none.safetensors", "is not prepared"),
+    ],
+)
+def test_wrong_settings_end_before_anything_is_written(tmp_path, capsys, change, message):
+    status = cli.main(hardware.run, hardware.__doc__, command(tmp_path / "x", change))
+    assert status == cli.WRONG_USAGE
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
