@@ -34,7 +34,7 @@ from experiments import accuracies, cli, hardware_figures
 from experiments.accuracies import Accuracies
 from experiments.ptq import Bench
 from qat_jax import hardware
-from qat_jax.hardware import Datapath, published
+from qat_jax.hardware import Design, published
 from qat_jax.training.workdir import Workdir
 
 logger = logging.getLogger("experiments.hardware")
@@ -72,7 +72,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         networks = {name: accuracies.read(each) for name, each in config.networks.items()}
         if config.bench_network not in networks:
             raise ValueError(f"bench_network is not among the networks: {', '.join(networks)}")
-        designs = datapaths(config)
+        designs = designs_of(config)
         bench = None
         if config.bench.model.pretrained is not None:
             bench = Bench.from_config(config.bench)
@@ -119,7 +119,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return result
 
 
-def datapaths(config: ConfigDict) -> dict[str, Datapath]:
+def designs_of(config: ConfigDict) -> dict[str, Design]:
     """Every design by name: all combinations, then the block formats.
 
     Raises:
@@ -128,8 +128,8 @@ def datapaths(config: ConfigDict) -> dict[str, Datapath]:
     choices = config.designs
     words = itertools.product(choices.weights, choices.activations, choices.scales, choices.scales)
     notations = ["/".join(map(str, word)) for word in words]
-    found = {notation: Datapath.from_notation(notation) for notation in notations}
-    return found | {name: Datapath.of(qj.preset(name).rules[0]) for name in config.formats}
+    found = {notation: Design.from_notation(notation) for notation in notations}
+    return found | {name: Design.of(qj.preset(name).rules[0]) for name in config.formats}
 
 
 def published_points(measure: str) -> list[Row]:
@@ -142,7 +142,7 @@ def published_points(measure: str) -> list[Row]:
             "measure": measure,
             "design": notation,
             "published": value,
-            "modelled": round(model(Datapath.from_notation(notation)), 4),
+            "modelled": round(model(Design.from_notation(notation)), 4),
             "left_out": round(left_out[notation], 4) if notation in left_out else "",
             "left_out_error_percent": (
                 round(100 * (left_out[notation] / value - 1), 2) if notation in left_out else ""
@@ -166,7 +166,7 @@ def quality(model: hardware.CostModel, points: list[Row]) -> dict[str, Any]:
         "shares": {
             notation: {
                 block: round(cost, 4)
-                for block, cost in model.blocks(Datapath.from_notation(notation)).items()
+                for block, cost in model.blocks(Design.from_notation(notation)).items()
             }
             for notation in (published.REFERENCE, "4/8/6/10")
         },
@@ -197,7 +197,7 @@ def rounded(energy: hardware.CostModel, gating: Mapping[str, hardware.ScalePairs
     """Energies with rounded scale products: published, by width alone, and gated as measured."""
     for notation, values in published.ROUNDED_ENERGY.items():
         for bits, value in values.items():
-            design = Datapath.from_notation(notation, bits)
+            design = Design.from_notation(notation, bits)
             row = {
                 "design": notation,
                 "product_bits": design.widths.scale_product,
@@ -213,13 +213,13 @@ def rounded(energy: hardware.CostModel, gating: Mapping[str, hardware.ScalePairs
             yield row
 
 
-def needed_share(energy: hardware.CostModel, design: Datapath, value: float) -> float:
+def needed_share(energy: hardware.CostModel, design: Design, value: float) -> float:
     """The share of vector products without which the model has a given energy."""
     return (energy(design) - value) / (energy(design) - energy(design, 1.0))
 
 
 def design_row(
-    name: str, design: Datapath, area: hardware.CostModel, energy: hardware.CostModel
+    name: str, design: Design, area: hardware.CostModel, energy: hardware.CostModel
 ) -> Row:
     """A design's widths and costs."""
     widths = design.widths
@@ -258,7 +258,7 @@ def claim(
     networks: Mapping[str, Accuracies],
 ) -> Row:
     """What a design saves, published and modelled, in per cent, and what it classifies here."""
-    design, theirs = Datapath.from_notation(notation), published.DESIGNS[notation]
+    design, theirs = Design.from_notation(notation), published.DESIGNS[notation]
     return {
         "design": notation,
         "published_area_saved": round(100 * (1 - theirs.area), 1),

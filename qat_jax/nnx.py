@@ -419,6 +419,11 @@ class LayerSite(NamedTuple):
         return f"{self.path}/weights" if self.path else "weights"
 
     @property
+    def activations(self) -> str:
+        """The path of its input as an operand."""
+        return f"{self.path}/activations" if self.path else "activations"
+
+    @property
     def installed(self) -> Any:
         """What the injection point holds."""
         return getattr(self.layer, self.hook.attribute)

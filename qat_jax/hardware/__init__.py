@@ -9,7 +9,7 @@ from qat_jax.hardware.cost_model import (
     fit,
     leave_one_out,
 )
-from qat_jax.hardware.datapath import Datapath, Operand, Widths
+from qat_jax.hardware.design import Design, Operand, Widths
 from qat_jax.hardware.element import BLOCKS, block_sizes
 from qat_jax.hardware.gating import ScalePairs, scale_pairs
 from qat_jax.hardware.pareto import pareto_front
@@ -22,7 +22,7 @@ __all__ = [
     "ENERGY_40NM",
     "ENERGY_BLOCKS",
     "CostModel",
-    "Datapath",
+    "Design",
     "Operand",
     "ScalePairs",
     "UnitCosts",

@@ -7,7 +7,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from qat_jax.hardware import published
-from qat_jax.hardware.datapath import Datapath
+from qat_jax.hardware.design import Design
 from qat_jax.hardware.element import block_sizes
 from qat_jax.hardware.unit_costs import AREA_40NM, ENERGY_40NM, UnitCosts
 
@@ -16,7 +16,7 @@ from qat_jax.hardware.unit_costs import AREA_40NM, ENERGY_40NM, UnitCosts
 AREA_BLOCKS = ("datapath", "scale_product", "weight_buffer", "input_buffer", "fixed")
 ENERGY_BLOCKS = ("datapath", "scale_product", "post_processing", "fixed")
 GATED_BLOCKS = ("datapath", "scale_product")
-_REFERENCE = Datapath.from_notation(published.REFERENCE)
+_REFERENCE = Design.from_notation(published.REFERENCE)
 _EXACTLY = 1e4  # weight of the reference in a fit, against 1 of every other point
 
 
@@ -33,24 +33,24 @@ class CostModel:
     costs: UnitCosts
     parameters: Mapping[str, float]
 
-    def __call__(self, datapath: Datapath, gated: float = 0.0) -> float:
+    def __call__(self, design: Design, gated: float = 0.0) -> float:
         """The cost of a design; exactly 1 for 8/8/-/-.
 
         Args:
-          datapath: the design.
+          design: the design.
           gated: the share of vector products that are skipped because their scale product is
             zero, in [0, 1]; for energies.
         """
-        return self._sum(datapath, gated) / self._sum(_REFERENCE)
+        return self._sum(design, gated) / self._sum(_REFERENCE)
 
-    def blocks(self, datapath: Datapath, gated: float = 0.0) -> dict[str, float]:
+    def blocks(self, design: Design, gated: float = 0.0) -> dict[str, float]:
         """The cost of each block of a design, relative to all of 8/8/-/-."""
-        sizes = block_sizes(datapath, self.costs)
+        sizes = block_sizes(design, self.costs)
         used = {block: 1 - gated if block in GATED_BLOCKS else 1.0 for block in sizes}
         return {b: used[b] * sizes[b] * value for b, value in self.parameters.items()}
 
-    def _sum(self, datapath: Datapath, gated: float = 0.0) -> float:
-        return sum(self.blocks(datapath, gated).values())
+    def _sum(self, design: Design, gated: float = 0.0) -> float:
+        return sum(self.blocks(design, gated).values())
 
 
 def fit(points: Mapping[str, float], costs: UnitCosts, blocks: Sequence[str]) -> CostModel:
@@ -64,7 +64,7 @@ def fit(points: Mapping[str, float], costs: UnitCosts, blocks: Sequence[str]) ->
     Returns:
       The model.
     """
-    designs = [Datapath.from_notation(notation) for notation in points]
+    designs = [Design.from_notation(notation) for notation in points]
     rows = [_row(design, costs, blocks) for design in (_REFERENCE, *designs)]
     matrix = np.array(rows) / np.array([1.0, *points.values()])[:, None]
     weights = np.array([_EXACTLY, *np.ones(len(points))])
@@ -91,7 +91,7 @@ def leave_one_out(
     """
     return {
         notation: fit({n: v for n, v in points.items() if n != notation}, costs, blocks)(
-            Datapath.from_notation(notation)
+            Design.from_notation(notation)
         )
         for notation in points
         if notation != published.REFERENCE
@@ -108,6 +108,6 @@ def energy_model() -> CostModel:
     return fit(published.energies(), ENERGY_40NM, ENERGY_BLOCKS)
 
 
-def _row(datapath: Datapath, costs: UnitCosts, blocks: Sequence[str]) -> list[float]:
-    sizes = block_sizes(datapath, costs)
+def _row(design: Design, costs: UnitCosts, blocks: Sequence[str]) -> list[float]:
+    sizes = block_sizes(design, costs)
     return [sizes[block] for block in blocks]

@@ -4,13 +4,14 @@ Where the product of two integer scales rounds to zero, so does all that it mult
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from qat_jax.nnx import Codes, captured_by_operand, operand_quantizers
+from qat_jax.nnx import layer_sites, operand_codes, operand_quantizers
 from qat_jax.quantizer import QTensor, Quantizer
 from qat_jax.scales import IntScale
 
@@ -71,15 +72,16 @@ def scale_pairs(model: nnx.Module, *inputs: Any) -> ScalePairs:
     Raises:
       ValueError: no layer has integer scales, or layers have scales of different bits.
     """
-    codes = _codes(model, *inputs)
+    forward = jax.jit(functools.partial(operand_codes, nnx.graphdef(model)))
+    codes = forward(nnx.state(model), *inputs)
     quantizers = {path: operand.quantizer for path, operand in operand_quantizers(model).items()}
     found: dict[tuple[int, int], list[np.ndarray]] = {}
-    for path, layer in nnx.iter_graph(model):
-        sides = ["/".join(map(str, (*path, side))) for side in ("weights", "activations")]
-        if _windows(layer) and all(side in codes for side in sides):
+    for site in layer_sites(model):
+        sides = site.weights, site.activations
+        if _windows(site.layer) and all(side in codes for side in sides):
             bits = _scale_bits(quantizers[sides[0]]), _scale_bits(quantizers[sides[1]])
             if any(bits):
-                meetings = _meetings(codes[sides[0]], codes[sides[1]], bits) * _windows(layer)
+                meetings = _meetings(codes[sides[0]], codes[sides[1]], bits) * _windows(site.layer)
                 found.setdefault(bits, []).append(meetings)
     if not found:
         raise ValueError("no layer has integer scales: quantise with a notation such as 4/4/4/4")
@@ -87,19 +89,6 @@ def scale_pairs(model: nnx.Module, *inputs: Any) -> ScalePairs:
         raise ValueError(f"layers have integer scales of different bits: {sorted(found)}")
     ((bits, layers),) = found.items()
     return ScalePairs(np.sum(layers, axis=0), sum(bits))
-
-
-def _codes(model: nnx.Module, *inputs: Any) -> dict[str, QTensor]:
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def forward(state: nnx.State, *inputs: Any) -> dict[str, QTensor]:
-        copy = nnx.merge(graphdef, state)
-        copy.eval()
-        _, captured = nnx.capture(copy, Codes)(*inputs)
-        return captured_by_operand(captured, QTensor)
-
-    return forward(state, *inputs)
 
 
 def _windows(layer: Any) -> float:

@@ -197,10 +197,10 @@ def pack_model(model: nnx.Module, *inputs: Any) -> nnx.Module:
     Example:
       >>> import qat_jax as qj
       >>> model = nnx.Sequential(nnx.Linear(64, 64, use_bias=False, rngs=nnx.Rngs(0)))
-      >>> model = qj.quantize_model(model, "vsquant-4/4U/4/6")
+      >>> model = qj.quantize_model(model, qj.Policy([qj.Rule.from_notation(".*", "4/4/4/6")]))
       >>> model = pack_model(model, jnp.ones((1, 64)))
-      >>> sum(x.nbytes for x in jax.tree.leaves(nnx.state(model))) / 64**2 * 8
-      8.625
+      >>> sum(x.nbytes for x in jax.tree.leaves(nnx.state(model))) / 64**2 * 8  # bits a weight
+      4.75
     """
     model = copy_model(model)
     quantizers = operand_quantizers(model)

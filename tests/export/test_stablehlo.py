@@ -18,16 +18,17 @@ def test_a_program_takes_batches_of_any_size_and_computes_the_same(tmp_path):
     save_stablehlo(model, tmp_path / "m.stablehlo", INPUTS)
     program = jax.export.deserialize((tmp_path / "m.stablehlo").read_bytes())
     assert set(program.platforms) == {"cpu", "cuda", "tpu"}
-    np.testing.assert_array_equal(program.call(INPUTS), run(model, INPUTS))
     twice = np.concatenate([INPUTS, INPUTS])
-    np.testing.assert_array_equal(program.call(twice)[2:], run(model, INPUTS))
+    # Machine code for another batch adds in another order.
+    for found in (program.call(INPUTS), program.call(twice)[:2], program.call(twice)[2:]):
+        np.testing.assert_allclose(found, run(model, INPUTS), atol=1e-6)
 
 
 def test_integers_are_exported_as_integers():
     model = integer_model(packed_net("octav-w3a3"))
     program = to_stablehlo(model, INPUTS)
     assert "xi8>" in program.mlir_module()
-    np.testing.assert_array_equal(program.call(INPUTS), run(model, INPUTS))
+    np.testing.assert_allclose(program.call(INPUTS), run(model, INPUTS), atol=1e-6)
 
 
 def test_thresholds_of_a_batch_need_its_size():

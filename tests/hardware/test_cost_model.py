@@ -4,7 +4,7 @@ import json
 import pytest
 
 from qat_jax import hardware
-from qat_jax.hardware import AREA_40NM, ENERGY_40NM, Datapath, published
+from qat_jax.hardware import AREA_40NM, ENERGY_40NM, Design, published
 
 AREA, ENERGY = hardware.area_model(), hardware.energy_model()
 AREA_FIT = published.areas(), AREA_40NM, hardware.AREA_BLOCKS
@@ -18,7 +18,7 @@ def left_out_errors(fit):
 
 def test_the_reference_is_exactly_one():
     for model in (AREA, ENERGY):
-        assert model(Datapath.from_notation("8/8/-/-")) == 1.0
+        assert model(Design.from_notation("8/8/-/-")) == 1.0
 
 
 def test_parameters_are_not_negative_and_have_a_meaning():
@@ -52,7 +52,7 @@ def test_leaving_a_point_out_does_not_look_at_it():
 
 def test_headline_claims():
     saved = {
-        n: [100 * (1 - model(Datapath.from_notation(n))) for model in (AREA, ENERGY)]
+        n: [100 * (1 - model(Design.from_notation(n))) for model in (AREA, ENERGY)]
         for n in ("4/4/4/6", "4/8/6/10", "4/6/4/-")
     }
     assert saved["4/4/4/6"] == pytest.approx([37, 24], abs=0.5)
@@ -65,7 +65,7 @@ def test_headline_claims():
 def test_more_bits_never_cost_less():
     designs = list(itertools.product(BITS, BITS, SCALES, SCALES))
     for model in (AREA, ENERGY):
-        cost = {d: model(Datapath.from_notation("/".join(map(str, d)))) for d in designs}
+        cost = {d: model(Design.from_notation("/".join(map(str, d)))) for d in designs}
         for design in designs:
             for place, choices in enumerate((BITS, BITS, SCALES, SCALES)):
                 index = choices.index(design[place])
@@ -75,7 +75,7 @@ def test_more_bits_never_cost_less():
 
 
 def test_gating_and_rounding_save_energy():
-    full, rounded = (Datapath.from_notation("4/4/4/4", bits) for bits in (None, 4))
+    full, rounded = (Design.from_notation("4/4/4/4", bits) for bits in (None, 4))
     assert ENERGY(rounded) < ENERGY(full)
     assert ENERGY(full, 1.0) < ENERGY(full, 0.5) < ENERGY(full)
     kept = ENERGY.blocks(full, 1.0)

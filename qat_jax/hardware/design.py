@@ -1,4 +1,4 @@
-"""The datapath that executes a pair of quantisers: what each operand brings, and all widths."""
+"""A design of the datapath for a pair of quantisers: what each operand brings, and all widths."""
 
 import dataclasses
 import math
@@ -99,7 +99,7 @@ class Widths:
 
 
 @dataclasses.dataclass(frozen=True)
-class Datapath:
+class Design:
     """Weights, activations and how their vectors are multiplied.
 
     Attributes:
@@ -119,8 +119,8 @@ class Datapath:
             raise ValueError(f"vectors of {sorted(filter(None, sizes))} elements cannot be paired")
 
     @classmethod
-    def of(cls, rule: Rule, product_bits: int | None = None) -> "Datapath":
-        """The datapath of a rule's quantisers.
+    def of(cls, rule: Rule, product_bits: int | None = None) -> "Design":
+        """The design for a rule's quantisers.
 
         Raises:
           ValueError: the rule leaves an operand in floating point, or see `Operand.of`.
@@ -130,14 +130,14 @@ class Datapath:
         return cls(Operand.of(rule.weights), Operand.of(rule.activations), product_bits)
 
     @classmethod
-    def from_notation(cls, notation: str, product_bits: int | None = None) -> "Datapath":
-        """The datapath of W/A/ws/as, vectors of 16.
+    def from_notation(cls, notation: str, product_bits: int | None = None) -> "Design":
+        """The design for W/A/ws/as, vectors of 16.
 
         Raises:
           ValueError: the notation cannot be read or has floating-point vector scales.
 
         Example:
-          >>> Datapath.from_notation("4/4/4/6").widths  # doctest: +NORMALIZE_WHITESPACE
+          >>> Design.from_notation("4/4/4/6").widths  # doctest: +NORMALIZE_WHITESPACE
           Widths(product=8, dot=12, scale_product=10, partial_sum=22, accumulator=31)
         """
         return cls.of(Rule.from_notation(".*", notation, vector_size=VECTOR_SIZE), product_bits)
