@@ -73,6 +73,10 @@ class ImageClassification:
         split = self.config.dataset.validation_split
         return None if split is None else self._prepared(self._source(split))
 
+    def held(self, source: Any) -> Any:
+        """The images decoded, in memory."""
+        return [source[i] for i in range(len(source))]
+
     def judge(self, graphdefs: GraphDefs, devices: Placement) -> tasks.Judge:
         """See `tasks.Task`."""
         # Without the smoothing, which is a device of training.

@@ -229,8 +229,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             build.ptq_policy(changed)
         # One that needs training examples, if any does, so that they are opened.
         bench = Bench.from_config(max(settled, key=needs_training_examples))
-        # They are measured dozens of times: decode them once.
-        bench = dataclasses.replace(bench, test=[bench.test[i] for i in range(len(bench.test))])
+        bench = dataclasses.replace(bench, test=bench.task.held(bench.test))
 
     folder.begin(settings)
     log = workdir / "cells.jsonl"

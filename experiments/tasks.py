@@ -50,6 +50,10 @@ class Task(Protocol):
         """The held-out training examples, or None where the config holds none out."""
         ...
 
+    def held(self, source: Any) -> Any:
+        """A source of test examples, to be read many times."""
+        ...
+
     def judge(self, graphdefs: GraphDefs, devices: Placement) -> Judge:
         """What measures a state on a source: metrics with `loss`, `count` and the headline."""
         ...
