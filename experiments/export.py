@@ -10,10 +10,13 @@ RUN is the folder of a finished run of experiments.train or experiments.ptq with
                  qat_jax.export.load_packed, or with NumPy alone by docs/read_packed.py
     stablehlo    a program with the packed weights inside, for CPU, GPU and TPU; read by
                  jax.export.deserialize
+    onnx         a graph with the weights as integers of 4 or 8 bits inside, and QuantizeLinear and
+                 DequantizeLinear pairs; for ONNX Runtime and its like
 
-A program takes batches of any size where no threshold of an activation is found in the batch
-itself (train with quant.static_batches, calibrate with calibration.batches, or use one scale a
-vector), else of --batch-size. With --integers it multiplies and adds integers.
+Programs and graphs take batches of any size where no threshold of an activation is searched for in
+the batch itself (train with quant.static_batches, calibrate with calibration.batches, or use one
+scale a vector), programs else batches of --batch-size. With --integers a program multiplies and
+adds integers.
 
 Example:
     python -m experiments.export --checkpoint=runs/ptq-4 --format=safetensors --out=net.safetensors
@@ -36,7 +39,7 @@ from qat_jax.nnx import operand_quantizers
 from qat_jax.training.checkpoint import CheckpointError
 from qat_jax.training.workdir import Workdir, WorkdirError
 
-FORMATS = ("safetensors", "stablehlo")
+FORMATS = ("safetensors", "stablehlo", "onnx")
 
 
 def packed_model(run: Path) -> tuple[nnx.Module, tuple[jax.Array, ...]]:
@@ -73,6 +76,16 @@ def _calibrated(config: ConfigDict, run: Path, example: tuple[jax.Array, ...]) -
     return load_packed(model, run / runs.PACKED)
 
 
+def _save_onnx(
+    model: nnx.Module, out: Path, example: tuple[jax.Array, ...], batch_size: int | None
+) -> None:
+    try:
+        from qat_jax.export.onnx import save_onnx
+    except ModuleNotFoundError as error:
+        raise ValueError(error) from error
+    save_onnx(model, out, *example, batch_size=batch_size)
+
+
 def export(
     run: Path, format: str, out: Path, *, integers: bool = False, batch_size: int | None = None
 ) -> str:
@@ -95,6 +108,8 @@ def export(
     with cli.setup_errors():
         if format == "safetensors":
             save_packed(model, out)
+        elif format == "onnx":
+            _save_onnx(model, out, example, batch_size)
         else:
             model = integer_model(model) if integers else model
             save_stablehlo(model, out, *example, batch_size=batch_size)
@@ -112,8 +127,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--integers", action="store_true", help="a program that adds integers")
     parser.add_argument("--batch-size", type=int, help="of a program; any if not given")
     arguments = parser.parse_args(argv)
-    if arguments.format != "stablehlo" and (arguments.integers or arguments.batch_size):
-        parser.error("--integers and --batch-size are for --format=stablehlo")
+    if arguments.format != "stablehlo" and arguments.integers:
+        parser.error("--integers is for --format=stablehlo")
+    if arguments.format == "safetensors" and arguments.batch_size:
+        parser.error("--batch-size is for --format=stablehlo and onnx: a file of weights has none")
     try:
         written = export(
             arguments.checkpoint,

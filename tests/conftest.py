@@ -2,6 +2,8 @@
 
 import io
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,22 @@ from PIL import Image
 # Compiling is most of the suite's time, and LLVM's first level halves it. Set XLA_FLAGS to test
 # with others, or to nothing for XLA's own.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+
+# What one worker, or a main that a test starts, has compiled, the others need not: the variables
+# are inherited. An entry is as quick to read as it is small, so every one is kept.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_made_here = None
+if _CACHE not in os.environ:
+    _made_here = os.environ[_CACHE] = tempfile.mkdtemp(prefix="qat_jax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_unconfigure() -> None:
+    """Remove the compiled programs, in the process that began them."""
+    if _made_here is not None:
+        shutil.rmtree(_made_here, ignore_errors=True)
+
 
 _BESIDE_THE_PROJECT = Path(__file__).resolve().parents[2] / "shared" / "data"
 # Read once: tests of the mains point the variable at folders of their own.

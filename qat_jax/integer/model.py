@@ -82,7 +82,7 @@ class PackedOp(nnx.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """The operation, of the quantised input and the stored kernel."""
         kernel = dequantize(unpack(self.weights.packed))
-        return self.op(*_with_kernel(self.op, args, kernel), lhs=self.activations, **kwargs)
+        return self.op(*with_kernel(self.op, args, kernel), lhs=self.activations, **kwargs)
 
 
 class IntegerOp(nnx.Module):
@@ -111,7 +111,7 @@ class IntegerOp(nnx.Module):
             return Operand.of(kernel, packed.scale_bits or 0)
 
         y = _INTEGER_OPS[self.op](
-            *_with_kernel(self.op, args, kernel.codes),
+            *with_kernel(self.op, args, kernel.codes),
             lhs=_operand(self.activations),
             rhs=stored,
             datapath=self.datapath,
@@ -276,7 +276,7 @@ def _operand(quantizer: OperandQuantizer) -> integer_ops.OperandFn:
     return operand
 
 
-def _with_kernel(op: Callable[..., Any], args: tuple, kernel: jax.Array) -> tuple:
+def with_kernel(op: Callable[..., Any], args: tuple, kernel: jax.Array) -> tuple:
     """An operation's arguments, the layer's empty kernel replaced."""
     position = 2 if op is ops.einsum else 1
     return (*args[:position], kernel, *args[position + 1 :])

@@ -1,6 +1,7 @@
 """Quantised arrays as they are stored: codes and integer scales at their true width."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -68,9 +69,10 @@ def pack(q: QTensor, quantizer: Quantizer) -> PackedTensor:
         format = dataclasses.replace(format, signed=bool(jnp.any(q.codes < 0)))
     integers = jnp.issubdtype(q.scale.dtype, jnp.integer)
     scale_bits = quantizer.scale.bits if integers else None
+    codes, scale = _dense(q.codes, q.scale, format, scale_bits)
     return PackedTensor(
-        codes=pack_bits(format.to_bits(q.codes), format.bits),
-        scale=q.scale if scale_bits is None else pack_bits(q.scale, scale_bits),
+        codes=codes,
+        scale=scale,
         coarse=q.coarse,
         format=format,
         scale_bits=scale_bits,
@@ -80,6 +82,15 @@ def pack(q: QTensor, quantizer: Quantizer) -> PackedTensor:
     )
 
 
+@functools.partial(jax.jit, static_argnames=("format", "scale_bits"))
+def _dense(
+    codes: jax.Array, scale: jax.Array, format: Format, scale_bits: int | None
+) -> tuple[jax.Array, jax.Array]:
+    packed = pack_bits(format.to_bits(codes), format.bits)
+    return packed, scale if scale_bits is None else pack_bits(scale, scale_bits)
+
+
+@functools.partial(jax.jit, inline=True)
 def unpack(packed: PackedTensor) -> QTensor:
     """The codes and scales that `pack` stored.
 

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 
 DEPTHS = (8, 20, 32, 44, 56, 110)
@@ -39,7 +40,7 @@ def shortcut(x: jax.Array, strides: int, channels: int) -> jax.Array:
     """
     missing = channels - x.shape[-1]
     before = missing // 2
-    kept = x[:, ::strides, ::strides, :]
+    kept = lax.slice(x, (0,) * x.ndim, x.shape, (1, strides, strides, 1))
     return jnp.pad(kept, ((0, 0), (0, 0), (0, 0), (before, missing - before)))
 
 

@@ -69,6 +69,15 @@ def test_a_calibrated_network_becomes_a_program_for_any_batch(calibrated, tmp_pa
         np.testing.assert_allclose(found, jax.jit(model)(images(count)), atol=1e-4)
 
 
+def test_a_calibrated_network_becomes_a_graph(calibrated, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert main(calibrated, "onnx", tmp_path / "m.onnx") == 0
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    model, _ = export.packed_model(calibrated)
+    (found,) = session.run(None, {"input": np.asarray(images(3))})
+    np.testing.assert_allclose(found, jax.jit(model)(images(3)), atol=1e-4)
+
+
 def test_a_trained_network_becomes_a_packed_file(trained, tmp_path, capsys):
     out = tmp_path / "m.safetensors"
     assert main(trained, "safetensors", out) == 0
@@ -78,8 +87,9 @@ def test_a_trained_network_becomes_a_packed_file(trained, tmp_path, capsys):
     loaded = load_packed(build.float_model(config), out)
     loaded.eval()
     model, _ = export.packed_model(trained)
-    np.testing.assert_array_equal(jax.jit(loaded)(images(2)), jax.jit(model)(images(2)))
-    assert jnp.isfinite(loaded(images(2))).all()
+    found = jax.jit(loaded)(images(2))
+    np.testing.assert_array_equal(found, jax.jit(model)(images(2)))
+    assert jnp.isfinite(found).all()
 
 
 def test_what_cannot_be_exported_is_said_and_nothing_written(trained, tmp_path, capsys):
@@ -89,6 +99,9 @@ def test_what_cannot_be_exported_is_said_and_nothing_written(trained, tmp_path, 
     assert "give batch_size" in capsys.readouterr().err
     assert main(trained, "safetensors", tmp_path / "none" / "m") == cli.WRONG_USAGE
     assert "make it first" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(trained, "safetensors", tmp_path / "m", "--integers")
+    assert main(trained, "onnx", tmp_path / "m") == cli.WRONG_USAGE
+    assert "freeze them with calibrate" in capsys.readouterr().err
+    for format, flag in [("safetensors", "--integers"), ("safetensors", "--batch-size=2")]:
+        with pytest.raises(SystemExit):
+            main(trained, format, tmp_path / "m", flag)
     assert not list(tmp_path.iterdir())

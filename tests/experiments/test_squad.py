@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import answer, build, cli, ptq, train
+from experiments import answer, build, cli, ptq, ptq_tables, train
 from qat_jax import data
 
 WORDS = ["red", "blue", "green", "cat", "dog", "bird", "paris", "rome", "who", "was", "where", "?"]
@@ -102,6 +102,19 @@ def test_trained_weights_are_quantised_after_training(trained, folder, tmp_path)
     assert metrics["effective_bits"]["bert/layers/0/intermediate/weights"] == pytest.approx(
         4 + 6 / 16 + 32 / 16, abs=0.01
     )
+
+
+def test_tables_judge_answers(trained, folder, tmp_path, monkeypatch):
+    cell = ("8/8", "octav", {"quant.notation": "8/8"})
+    monkeypatch.setitem(ptq_tables.TABLES, "bert_dynamic", lambda: [cell])
+    monkeypatch.setattr(ptq_tables, "measure", lambda bench, config: {"accuracy": 0.5})
+    changes = [
+        f"--config.model.pretrained={trained / train.WEIGHTS}",
+        "--config.tables=bert_dynamic",
+    ]
+    arguments = command("ptq", folder, tmp_path / "tables", *changes)
+    assert cli.main(ptq_tables.run, ptq_tables.__doc__, arguments) == 0
+    assert 0 <= result(tmp_path / "tables")["float_accuracy"] <= 1
 
 
 def test_a_question_typed_at_a_terminal_is_answered(trained, tmp_path, capsys):

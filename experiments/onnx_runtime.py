@@ -1,0 +1,161 @@
+"""Run a network quantised after training in ONNX Runtime, beside its float32 export and JAX.
+
+Usage:
+    python -m experiments.onnx_runtime --config=configs/NAME_ptq.py[:NOTATION] --workdir=DIR \
+        [--config.KEY=VALUE …]
+
+Exports the float network and the quantised one, runs both over all test examples, and says how many
+of them get another answer than in JAX, the largest difference of an output, the sizes of the files,
+and the quantised one's time over the float one's, measured in turns.
+
+ONNX Runtime multiplies 8-bit codes with instructions that saturate on processors without VNNI: its
+option session.x64quantprecision=1 forbids that. Both ways are measured: "exact" and "fast".
+
+Example:
+    python -m experiments.onnx_runtime --config=configs/cifar10_resnet20_ptq.py:8/8U \
+        --workdir=runs/onnx --config.calibration.batches=4 --config.dataset.name=cifar10_local \
+        --config.model.pretrained=PATH/akamaster_resnet20.safetensors
+
+DIR gets config.json, result.json, float.onnx and quantised.onnx. It needs onnxruntime, which
+qat_jax[export] brings.
+"""
+
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import onnxruntime
+from flax import nnx
+from ml_collections import ConfigDict
+
+from experiments import build, cli
+from experiments.ptq import Bench
+from qat_jax.export.onnx import save_onnx
+from qat_jax.training.workdir import Workdir
+
+logger = logging.getLogger("experiments.onnx_runtime")
+
+FLOAT, QUANTISED = "float.onnx", "quantised.onnx"
+_TURNS = 15
+Run = Callable[[list[np.ndarray]], np.ndarray]
+
+
+def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Exports and measures what `config` describes.
+
+    Args:
+        config: see `configs/`.
+        workdir: the run folder.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        cli.UsageError: the config asks for something that cannot be; nothing is written.
+        WorkdirError: the folder holds something else; nothing is written.
+    """
+    started = time.monotonic()
+    cli.require(config, "dataset", "model", "quant", "calibration")
+    settings = config.to_dict()
+    folder = Workdir(workdir)
+    if (result := cli.finished(folder, settings)) is not None:
+        return result
+    with cli.setup_errors():
+        if build.ptq_policy(config) is None:
+            raise ValueError("a float network is there anyway: give a notation, such as 8/8U")
+        bench = Bench.from_config(config)
+        quantised = bench.quantised(config)
+        example = bench.first_inputs(bench.batch_size)
+
+    folder.begin(settings)
+    with cli.setup_errors():
+        save_onnx(bench.model, workdir / FLOAT, *example)
+        save_onnx(quantised, workdir / QUANTISED, *example)
+    sessions = {
+        "float": session(workdir / FLOAT, exact=True),
+        "exact": session(workdir / QUANTISED, exact=True),
+        "fast": session(workdir / QUANTISED, exact=False),
+    }
+    batches = _batches(bench)
+    outputs = {name: _outputs(each, batches) for name, each in sessions.items()}
+    expected = {"float": _outputs(_jitted(bench.model), batches)}
+    expected["exact"] = expected["fast"] = _outputs(_jitted(quantised), batches)
+    seconds = _seconds(sessions, batches[0])
+    metrics: dict[str, Any] = {
+        "count": len(outputs["float"]),
+        "batch_size": len(batches[0][0]),
+        "onnxruntime": onnxruntime.__version__,
+        "float_bytes": (workdir / FLOAT).stat().st_size,
+        "quantised_bytes": (workdir / QUANTISED).stat().st_size,
+    }
+    for name, found in outputs.items():
+        # Classes of an image, positions of an answer.
+        other = found.argmax(1) != expected[name].argmax(1)
+        metrics[name] = {
+            "other_answers": int(other.reshape(len(other), -1).any(1).sum()),
+            "largest_difference": float(np.abs(found - expected[name]).max()),
+            "largest_output": float(np.abs(expected[name]).max()),
+            "seconds_a_batch": seconds[name],
+            "time_over_float": seconds[name] / seconds["float"],
+        }
+        logger.info(
+            "%s: %d other answers, outputs to within %.2g, %.2f times the float time",
+            name,
+            *(metrics[name][key] for key in ("other_answers", "largest_difference")),
+            metrics[name]["time_over_float"],
+        )
+    return folder.finish(settings, metrics, wall_seconds=time.monotonic() - started)
+
+
+def session(path: Path, *, exact: bool) -> Run:
+    """A network in ONNX Runtime on the CPU.
+
+    Args:
+        path: of the file.
+        exact: whether 8-bit products may not saturate.
+    """
+    options = onnxruntime.SessionOptions()
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    loaded = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in loaded.get_inputs()]
+    return lambda inputs: loaded.run(None, dict(zip(names, inputs, strict=True)))[0]
+
+
+def _batches(bench: Bench) -> list[list[np.ndarray]]:
+    """What the network is called with, all test examples."""
+    arrays = [np.asarray(x) for x in bench.first_inputs(len(bench.test))]
+    starts = range(0, len(arrays[0]), bench.batch_size)
+    return [[x[start : start + bench.batch_size] for x in arrays] for start in starts]
+
+
+def _jitted(model: nnx.Module) -> Run:
+    model.eval()
+    graphdef, state = nnx.split(model)
+    forward = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs))
+    return lambda inputs: np.asarray(forward(state, *inputs))
+
+
+def _outputs(network: Run, batches: list[list[np.ndarray]]) -> np.ndarray:
+    return np.concatenate([network(inputs) for inputs in batches])
+
+
+def _seconds(networks: dict[str, Run], inputs: list[np.ndarray]) -> dict[str, float]:
+    """Medians, measured in turns."""
+    taken: dict[str, list[float]] = {name: [] for name in networks}
+    for _ in range(_TURNS):
+        for name, network in networks.items():
+            started = time.perf_counter()
+            network(inputs)
+            taken[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(run, __doc__, sys.argv))

@@ -1,0 +1,97 @@
+"""A model as an ONNX graph."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import onnx
+from flax import nnx
+from jax.errors import InconclusiveDimensionOperation
+
+from qat_jax.export.onnx.graph import Graph
+from qat_jax.export.onnx.primitives import translate
+from qat_jax.export.onnx.quantizers import traced_model
+from qat_jax.integer import pack_model
+from qat_jax.nnx import copy_model, is_weight, operand_quantizers
+
+
+def to_onnx(model: nnx.Module, *inputs: Any, batch_size: int | None = None) -> onnx.ModelProto:
+    """A model as an ONNX graph, its weights inside.
+
+    Quantised kernels are stored as integers of 4, 8 or 16 bits, the narrowest that hold them, with
+    a DequantizeLinear; integer scales of vectors likewise, with one of their own. An activation
+    passes a QuantizeLinear and a DequantizeLinear. Thresholds are those of the model, frozen or
+    found in each batch: maxima are, other searches have no place in a graph.
+
+    Where a format takes its sign from the data, the sign is that of these inputs.
+
+    Args:
+      model: an NNX model, quantised or not, packed or not; it is exported in evaluation mode.
+      *inputs: a batch for it.
+      batch_size: the length of the leading axis of every input; None for any.
+
+    Returns:
+      The model in opset 21. Inputs are called ``input``, or ``input_0`` and so on; outputs
+      likewise.
+
+    Raises:
+      ValueError: the model holds something that has no counterpart.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import qat_jax as qj
+      >>> layer = nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+      >>> found = to_onnx(qj.quantize_model(layer, "max-w8a8"), jnp.ones((2, 8)))
+      >>> [node.op_type for node in found.graph.node if node.op_type.endswith("Linear")]
+      ['QuantizeLinear', 'DequantizeLinear', 'DequantizeLinear']
+    """
+    if any(is_weight(path) for path in operand_quantizers(model)):
+        model = pack_model(model, *inputs)
+    model = copy_model(model)
+    model.eval()
+    graphdef, state = nnx.split(traced_model(model, *inputs))
+    batch: Any = batch_size
+    if batch_size is None:
+        (batch,) = jax.export.symbolic_shape("batch")
+    shapes = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs]
+    trace = jax.make_jaxpr(lambda *inputs: nnx.merge(graphdef, state)(*inputs), return_shape=True)
+    try:
+        program, result = trace(*shapes)
+    except InconclusiveDimensionOperation as error:
+        raise ValueError(
+            "thresholds of activations that are searched for in each batch have no place in ONNX: "
+            "freeze them with calibrate"
+        ) from error
+
+    graph = Graph()
+    names = ["input"] if len(shapes) == 1 else [f"input_{n}" for n in range(len(shapes))]
+    values = [graph.input(n, s.shape, s.dtype) for n, s in zip(names, shapes, strict=True)]
+    outputs = translate(graph, program, values)
+    outputs_shapes = [x.shape for x in jax.tree.leaves(result)]
+    return graph.finish(outputs, outputs_shapes, type(model).__name__)
+
+
+def save_onnx(
+    model: nnx.Module, path: str | Path, *inputs: Any, batch_size: int | None = None
+) -> None:
+    """Write `to_onnx` of a model to a file.
+
+    Args:
+      model: as for `to_onnx`.
+      path: the file; an existing one is replaced once the new one is whole.
+      *inputs: as for `to_onnx`.
+      batch_size: likewise.
+
+    Raises:
+      FileNotFoundError: the folder of ``path`` does not exist.
+      ValueError: as of `to_onnx`.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"folder {path.parent} does not exist: make it first")
+    content = to_onnx(model, *inputs, batch_size=batch_size).SerializeToString()
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)

@@ -1,0 +1,189 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+import qat_jax as qj
+from qat_jax.models import BertForQuestionAnswering, BertSize
+from tests.export.test_packed_file import INPUTS, net, packed_net, run
+
+onnx = pytest.importorskip("onnx", reason="ONNX needs onnx: pip install 'qat_jax[export]'")
+onnxruntime = pytest.importorskip("onnxruntime", reason="likewise onnxruntime")
+
+from qat_jax.export.onnx import save_onnx, to_onnx  # noqa: E402
+
+DQ = "DequantizeLinear"
+SMALL_BERT = BertSize(layers=1, hidden=32, heads=2, intermediate=48, vocabulary=20, positions=9)
+TOKENS = jnp.array([[1, 5, 3, 7, 2, 0], [4, 4, 9, 0, 0, 0]])
+
+
+def in_runtime(model, *inputs, **options):
+    """Of an ONNX model, without products that saturate."""
+    settings = onnxruntime.SessionOptions()
+    settings.add_session_config_entry("session.x64quantprecision", "1")
+    for name, value in options.items():
+        setattr(settings, name, value)
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), settings, providers=["CPUExecutionProvider"]
+    )
+    names = [value.name for value in session.get_inputs()]
+    return session.run(None, {n: np.asarray(x) for n, x in zip(names, inputs, strict=True)})[0]
+
+
+def node_types(model):
+    return [node.op_type for node in model.graph.node]
+
+
+def kernels(model):
+    """Constants of more than one axis, by element type."""
+    types = {}
+    for array in model.graph.initializer:
+        if len(array.dims) > 1:
+            types.setdefault(onnx.TensorProto.DataType.Name(array.data_type), []).append(array)
+    return types
+
+
+class Function(nnx.Module):
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *inputs):
+        return self.function(*inputs)
+
+
+def softmax_of_scores(x):
+    scores = jnp.einsum("bhwc,bvwc->bwhv", x, x[:, ::-1]) / 3
+    return jax.nn.softmax(jnp.where(scores > 0, scores, -1e9), axis=-1)
+
+
+FUNCTIONS = {
+    "arithmetic": lambda x: -x / (2 + jnp.abs(x)) - jnp.sqrt(x * x + 1) + x**3 + jnp.tanh(x),
+    "activations": lambda x: jax.nn.gelu(x, approximate=False) + jax.nn.silu(x) + nnx.relu6(4 * x),
+    "comparisons": lambda x: jnp.where((x != 0) & ~(x >= 1), jnp.minimum(x, 0.5), jnp.sign(x)),
+    "rounding": lambda x: jnp.round(3 * x) + jnp.floor(x) * jnp.ceil(x),
+    "not finite": lambda x: jnp.isfinite(jnp.where(x > 1, jnp.inf, jnp.where(x < -1, jnp.nan, x))),
+    "reductions": lambda x: x.sum((1, 2)) * x.max() + x.min(-1).mean((1, 2))[:, None],
+    "booleans": lambda x: jnp.any(x > 1, axis=(1, 2)) & jnp.all(x > -9, axis=(1, 2)),
+    "argmax": lambda x: jnp.argmax(x, axis=2),
+    "cut": lambda x: jnp.concatenate([x[:, 1:3], x[:, ::-2], x[:, 2:], x[:, 1:6:3]], 1),
+    "padded": lambda x: jnp.pad(x, ((0, 0), (1, 0), (2, 3), (0, 0)), constant_values=2),
+    "one axis": lambda x: x[:, 0] @ jnp.ones((8, 3)) + jnp.arange(3.0),
+    "places": lambda x: x[:, jnp.array([3, 0]), jnp.array([1, 5])],
+    "max pool": lambda x: nnx.max_pool(x, (3, 2), (2, 1), ((1, 1), (0, 1))),
+    "mean pool": lambda x: nnx.avg_pool(x, (3, 2), (2, 1), ((1, 1), (0, 1))),
+    "attention": softmax_of_scores,
+    "batched product": lambda x: lax.dot_general(x, x, (((3, 2), (3, 2)), ((0,), (0,)))),
+    "convolution": lambda x: lax.conv_general_dilated(
+        x.transpose(0, 3, 2, 1), jnp.ones((2, 3, 4, 6)) * jnp.arange(6), (1, 2), ((1, 0), (0, 2)),
+        rhs_dilation=(2, 1), feature_group_count=2, dimension_numbers=("NCHW", "HWIO", "NHWC"),
+    ),
+    "layouts": lambda x: nnx.max_pool(x, (2, 2)).sum(3)[..., None] + x[:, :1, :1].max(1)[:, None],
+    "spread": lambda x: jnp.broadcast_to(x[:, :1], x.shape).sum((1, 3)) + jnp.zeros(6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_networks_are_computed_alike(name):
+    model = Function(FUNCTIONS[name])
+    exported = to_onnx(model, INPUTS)
+    for inputs in (INPUTS, jnp.concatenate([INPUTS, -INPUTS, INPUTS + 1])):
+        expected = np.asarray(jax.jit(model.function)(inputs))
+        found = in_runtime(exported, inputs)
+        assert found.dtype == expected.dtype
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("policy", [None, "octav-w3a3", "max-w8a8", "vsquant-4/4U/4/6"])
+def test_a_network_is_computed_alike(policy):
+    model = net() if policy is None else packed_net(policy)
+    model.eval()
+    exported = to_onnx(model, INPUTS)
+    expected = run(model, INPUTS)
+    assert jnp.abs(expected).max() > 0.1
+    np.testing.assert_allclose(in_runtime(exported, INPUTS), expected, atol=2e-5)
+    if policy != "max-w8a8":  # its thresholds are those of the batch
+        twice = jnp.concatenate([INPUTS, INPUTS])
+        np.testing.assert_allclose(in_runtime(exported, twice)[2:], expected, atol=2e-5)
+
+
+def test_questions_are_answered_alike():
+    model = BertForQuestionAnswering(SMALL_BERT, rngs=nnx.Rngs(0))
+    inputs = TOKENS, jnp.zeros_like(TOKENS), TOKENS > 0
+    quantised = qj.quantize_model(model, "vsquant-4/4U/4/6")
+    for each in (model, quantised):
+        each.eval()
+        exported = to_onnx(each, *inputs)
+        expected = nnx.jit(lambda model, *inputs: model(*inputs))(each, *inputs)
+        found = in_runtime(exported, *inputs)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    # The inputs of seven layers, and both operands of attention's two products.
+    assert node_types(exported).count("QuantizeLinear") == 7 + 4
+
+
+def test_kernels_are_stored_in_their_bits_and_vectors_with_two_scales():
+    model = nnx.Sequential(nnx.Conv(40, 6, (3, 3), rngs=nnx.Rngs(0)))
+    model = qj.quantize_model(model, qj.Policy([qj.Rule.from_notation(".*", "4/4/4/6")]))
+    inputs = jax.random.normal(jax.random.key(0), (2, 5, 5, 40))
+    exported = to_onnx(model, inputs)
+    found = kernels(exported)
+    assert [list(array.dims) for array in found["INT4"]] == [[6, 40, 3, 3]]
+    assert [list(array.dims) for array in found["UINT4"]] == [[6, 3, 3, 3]]
+    by_output = {node.output[0]: node for node in exported.graph.node}
+    scales = [by_output.get(node.input[1]) for node in exported.graph.node if node.op_type == DQ]
+    assert sum(node is not None and node.op_type == DQ for node in scales) == 1
+    np.testing.assert_allclose(in_runtime(exported, inputs), run(model, inputs), atol=2e-5)
+
+
+def test_frozen_thresholds_are_exported_as_they_are():
+    model = qj.quantize_model(net(), "octav-w4a4")
+    qj.calibrate(model, [INPUTS])
+    thresholds = {
+        path: float(operand.threshold.get_value().squeeze())
+        for path, operand in qj.operand_quantizers(model).items()
+        if path.endswith("activations")
+    }
+    exported = to_onnx(model, INPUTS)
+    constants = {
+        array.name: onnx.numpy_helper.to_array(array) for array in exported.graph.initializer
+    }
+    steps = [
+        float(constants[node.input[1]])
+        for node in exported.graph.node
+        if node.op_type == "QuantizeLinear"
+    ]
+    assert len(steps) == len(thresholds) == 4
+    for threshold, step in zip(thresholds.values(), steps, strict=True):
+        codes = threshold / step
+        assert min(abs(codes - whole) for whole in (7, 15, 127, 255)) < 1e-3
+
+
+def test_a_network_of_zeros_stays_one():
+    model = qj.quantize_model(nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0))), "max-w8a8")
+    exported = to_onnx(model, jnp.ones((2, 8)))
+    np.testing.assert_array_equal(in_runtime(exported, np.zeros((2, 8), np.float32)), 0)
+
+
+def test_what_has_no_counterpart_is_said(tmp_path):
+    dynamic = qj.quantize_model(net(), "octav-w4a4")
+    with pytest.raises(ValueError, match="freeze them with calibrate"):
+        to_onnx(dynamic, INPUTS)
+    with pytest.raises(ValueError, match="freeze them with calibrate"):
+        to_onnx(dynamic, INPUTS, batch_size=2)
+    with pytest.raises(ValueError, match="quantise with Int"):
+        to_onnx(qj.quantize_model(net(), "nvfp4"), INPUTS)
+    with pytest.raises(ValueError, match="no rule for JAX's cumsum"):
+        to_onnx(Function(lambda x: jnp.cumsum(x, axis=1)), INPUTS)
+    with pytest.raises(FileNotFoundError, match="make it first"):
+        save_onnx(net(), tmp_path / "none" / "m", INPUTS)
+
+
+def test_a_file_holds_the_same_model(tmp_path):
+    model = packed_net("octav-w3a3")
+    save_onnx(model, tmp_path / "m.onnx", INPUTS, batch_size=2)
+    loaded = onnx.load(tmp_path / "m.onnx")
+    assert loaded.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2
+    np.testing.assert_allclose(in_runtime(loaded, INPUTS), run(model, INPUTS), atol=2e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
