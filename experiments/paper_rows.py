@@ -97,6 +97,8 @@ were at hand; the counterparts are smaller networks on fewer images.
   compares more than vectors. `ptq_mobilenet_v1_depthwise.csv` tells these apart.
 - VS-Quant, table 9. CIFAR-10, ResNet-20 trained through 3/3U/4/6 vectors:
   [`qat_cifar10_resnet20_vectors.md`](qat_cifar10_resnet20_vectors.md).
+- VS-Quant, figures 3 to 7: area and energy fitted to the published points, with accuracies measured
+  here, `hardware_resnet20_*` ([`docs/hardware.md`](../docs/hardware.md)).
 - BERT, of both papers: nothing yet; `configs/squad_bert_*.py` name the published figures.
 
 ## OCTAV's ImageNet rows
