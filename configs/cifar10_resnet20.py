@@ -51,7 +51,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "width": 16,
                 "num_classes": 10,
                 "in_channels": 3,
-                "pretrained": placeholder(str),  # path of a safetensors file
+                "pretrained": placeholder(str),  # path of a safetensors or npz file
             },
             "quant": quant_config(arg),
             "optimizer": {

@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "width": 8,
                 "num_classes": 10,
                 "in_channels": 1,
-                "pretrained": placeholder(str),  # path of a safetensors file
+                "pretrained": placeholder(str),  # path of a safetensors or npz file
             },
             "quant": quant_config(arg),
             "optimizer": {

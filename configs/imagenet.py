@@ -121,7 +121,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "num_classes": 1000,
                 "in_channels": 3,
                 "dtype": "float32",  # of the computation; bfloat16 keeps parameters in float32
-                "pretrained": placeholder(str),  # path of a safetensors file
+                "pretrained": placeholder(str),  # path of a safetensors or npz file
             },
             "retrains": recipe != "scratch",
             "quant": quant_config(theirs),

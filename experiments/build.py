@@ -13,6 +13,7 @@ import qat_jax as qj
 from experiments.images import ImageClassification
 from experiments.questions import QuestionAnswering
 from experiments.tasks import Task
+from qat_jax.array_file import read_names
 from qat_jax.clipping import Clipping
 from qat_jax.models import (
     BertForQuestionAnswering,
@@ -26,7 +27,6 @@ from qat_jax.models import (
     load_weights,
 )
 from qat_jax.policy import BLOCK_FORMATS
-from qat_jax.safetensors_file import read_names
 
 FLOAT_BITS = 32
 

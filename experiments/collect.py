@@ -4,8 +4,9 @@ Usage:
     python -m experiments.collect --runs=DIR --out=results/NAME
 
 Reads every DIR/*/result.json and writes results/NAME.json, which has each run's command, commit,
-versions, device, seed and metrics, and results/NAME.md, a table of them. Folders of the machine
-are left out of the commands: what stands before a file's own name becomes PATH.
+versions, device, seed and metrics, and results/NAME.md, a table of those that trained a network or
+quantised one. Folders of the machine are left out of the commands: what stands before a file's own
+name becomes PATH.
 """
 
 import json
@@ -46,7 +47,7 @@ def gather(runs: Path) -> list[dict[str, Any]]:
 
 def accuracy_before(path: Path) -> float | None:
     """The test accuracy before the first step of training, in [0, 1]; None if not measured."""
-    lines = map(json.loads, path.read_text().splitlines())
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else ())
     tested = (line for line in lines if line["step"] == 0 and line["split"] in ("test", "float"))
     return next((line["accuracy"] for line in tested), None)
 
@@ -91,8 +92,11 @@ def write(runs: Path, out: Path) -> str:
         FileNotFoundError: there is no finished run.
     """
     results = gather(runs)
-    lines = table(results)
     out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    tested = [result for result in results if "test_accuracy" in result["metrics"]]
+    if not tested:
+        return f"{out.with_suffix('.json')}: {len(results)} runs"
+    lines = table(tested)
     out.with_suffix(".md").write_text(lines)
     return lines.rstrip()
 

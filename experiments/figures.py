@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 import qat_jax as qj
+from qat_jax.clipping import Clipping
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
@@ -94,34 +95,38 @@ class Bar:
         return statistics.stdev(self.percents) if len(self.percents) > 1 else 0.0
 
 
-def error_curve(x: jax.Array, format: qj.Int) -> ErrorCurve:
+def error_curve(x: jax.Array, format: qj.Int, lowest: float = 0.03) -> ErrorCurve:
     """Sweeps the threshold, quantises with each and measures the error that is really made.
 
     Args:
         x: any array that is not all zeros; one threshold for the whole of it.
         format: what to quantise to.
+        lowest: where the sweep begins, relative to the maximum.
     """
     quantizer = qj.Quantizer(format)
 
-    def errors(thresholds: jax.Array) -> np.ndarray:
+    @jax.jit
+    def swept(x: jax.Array, lowest: float) -> tuple[jax.Array, jax.Array]:
         def error(threshold: jax.Array) -> jax.Array:
             return jnp.mean(jnp.square(qj.fake_quant(x, quantizer, threshold=threshold) - x))
 
-        return np.asarray(jax.lax.map(error, thresholds) / jnp.mean(jnp.square(x)), np.float64)
+        newton = (qj.Octav(iterations=n) for n in range(NEWTON_STEPS + 1))
+        rules: list[Clipping] = [qj.AbsMax(), *newton]
+        marked = jnp.stack([rule.threshold(x, format, tuple(range(x.ndim))) for rule in rules])
+        marked = marked.reshape(-1)
+        thresholds = jnp.append(marked, marked[0] * jnp.geomspace(lowest, 1.1, _SWEPT))
+        return thresholds, jax.lax.map(error, thresholds) / jnp.mean(jnp.square(x))
 
-    axes = tuple(range(x.ndim))
-    maximum = qj.AbsMax().threshold(x, format, axes).reshape(1)
-    newton = [qj.Octav(iterations=n).threshold(x, format, axes) for n in range(NEWTON_STEPS + 1)]
-    iterates = jnp.stack(newton).reshape(-1)
-    thresholds = maximum * jnp.linspace(0.03, 1.1, _SWEPT)
+    thresholds, errors = (np.asarray(found, np.float64) for found in swept(x, lowest))
+    newton, sweep = slice(1, 2 + NEWTON_STEPS), slice(2 + NEWTON_STEPS, None)
     return ErrorCurve(
         format=format,
-        thresholds=np.asarray(thresholds, np.float64),
-        errors=errors(thresholds),
-        maximum=float(maximum[0]),
-        maximum_error=float(errors(maximum)[0]),
-        iterates=np.asarray(iterates, np.float64),
-        iterate_errors=errors(iterates),
+        thresholds=thresholds[sweep],
+        errors=errors[sweep],
+        maximum=float(thresholds[0]),
+        maximum_error=float(errors[0]),
+        iterates=thresholds[newton],
+        iterate_errors=errors[newton],
     )
 
 

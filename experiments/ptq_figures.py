@@ -139,7 +139,7 @@ def _draw(
     axes = figure.subplots(1, 2 if published else 1, sharey=True, squeeze=False)
     colours = {row: f"C{number}" for number, row in enumerate(found)}
     float_percent = 100 * metrics["float_accuracy"]
-    title = f"{experiment}: {metrics['count']} images, float {float_percent:.1f} %"
+    title = f"{experiment}: {metrics['count']} examples, float {float_percent:.1f} %"
     _lines(axes[0, 0], found, float_percent, title, colours)
     error = math.sqrt(float_percent * (100 - float_percent) / metrics["count"])
     axes[0, 0].axhspan(-error, error, color="grey", alpha=0.15, label="± 1 standard error")

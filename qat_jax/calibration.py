@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
+from qat_jax.array_file import read_arrays, write_arrays
 from qat_jax.granularity import PerTensor
 from qat_jax.nnx import (
     Candidate,
@@ -19,7 +19,6 @@ from qat_jax.nnx import (
     is_weight,
     operand_quantizers,
 )
-from qat_jax.safetensors_file import read_arrays
 
 
 def calibrate(
@@ -96,18 +95,16 @@ def calibrate(
 
 
 def save_thresholds(model: nnx.Module, path: str | Path) -> None:
-    """Write the frozen thresholds of a model to a safetensors file.
+    """Write the frozen thresholds of a model to a safetensors file, or an npz.
 
     Args:
       model: a calibrated NNX model.
-      path: the file to write; an existing one is replaced.
+      path: the file to write, npz if it ends so; an existing one is replaced.
 
     Raises:
       FileNotFoundError: the folder of ``path`` does not exist.
       ValueError: the model has no frozen thresholds.
     """
-    if not Path(path).parent.is_dir():
-        raise FileNotFoundError(f"folder {Path(path).parent} does not exist: make it first")
     frozen = {
         name: np.asarray(quantizer.threshold.get_value())
         for name, quantizer in operand_quantizers(model).items()
@@ -115,7 +112,7 @@ def save_thresholds(model: nnx.Module, path: str | Path) -> None:
     }
     if not frozen:
         raise ValueError("the model has no frozen thresholds: calibrate it first")
-    save_file(frozen, path)
+    write_arrays(frozen, path)
 
 
 def load_thresholds(model: nnx.Module, path: str | Path) -> None:
@@ -123,7 +120,7 @@ def load_thresholds(model: nnx.Module, path: str | Path) -> None:
 
     Args:
       model: an NNX model, quantised as the saved one was.
-      path: a safetensors file.
+      path: a safetensors or npz file.
 
     Raises:
       FileNotFoundError: there is no such file.

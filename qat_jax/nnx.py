@@ -47,6 +47,10 @@ class Codes(nnx.Variable):
     """The type under which quantisers sow their operand as a `QTensor`."""
 
 
+class Operand(nnx.Variable):
+    """The type under which quantisers sow their operand as it reaches them, without padding."""
+
+
 class Threshold(nnx.Variable):
     """Thresholds that were frozen into the model: part of its state, and no parameter."""
 
@@ -71,6 +75,8 @@ class OperandQuantizer(nnx.Module):
         """Fake quantisation of x."""
         x = without_padding(x, self.token_axes)
         axes: dict[str, Any] = {"channel_axis": channel_axis, "vector_axis": vector_axis}
+        if _captures(self, Operand):
+            self.sow(Operand, "operand", x)
         if _captures(self, Candidate):
             self.sow(Candidate, "candidates", self.quantizer.threshold(x, **axes))
             return x

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-# Compiling is most of the suite's time, and LLVM's first level halves it. Set XLA_FLAGS to test
-# with others, or to nothing for XLA's own.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# Compiling is most of the suite's time and LLVM's optimisations most of that, hardly ever repaid.
+# Set XLA_FLAGS to test with others, or to nothing for XLA's own.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+)
 
 # What one worker, or a main that a test starts, has compiled, the others need not: the variables
 # are inherited. An entry is as quick to read as it is small, so every one is kept.

@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from qat_jax.array_file import read_arrays, read_metadata
 from qat_jax.description import describe, restore
 from qat_jax.granularity import Groups
 from qat_jax.integer.model import Packed, PackedKernel, PackedOp, install_kernel
@@ -32,7 +33,6 @@ from qat_jax.nnx import (
     report,
 )
 from qat_jax.policy import Policy, Rule
-from qat_jax.safetensors_file import read_arrays, read_metadata
 
 VERSION = 1
 _KEY = "qat_jax"

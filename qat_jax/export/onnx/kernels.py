@@ -21,8 +21,7 @@ class StoredKernel:
       codes: integers, of the kernel's shape.
       scale: compact; integers if there are coarse scales, else float32.
       coarse: compact, or None.
-      vector: the axis that is cut into vectors, or None.
-      vector_size: elements of such a vector.
+      groups: which codes share a scale.
       bits: of a code.
       dtype: of the kernel.
     """

@@ -179,7 +179,7 @@ def _stored_kernel(graph: Graph, *, shape: Shape, dtype: Any, kernel: Any) -> An
 # Arithmetic, element by element
 
 _OPERATORS = {
-    "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "min": "Min",
+    "add": "Add", "mul": "Mul", "div": "Div", "max": "Max", "min": "Min",
     "pow": "Pow", "eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater",
     "ge": "GreaterOrEqual", "and": "And", "or": "Or",
     "neg": "Neg", "abs": "Abs", "sign": "Sign", "exp": "Exp", "log": "Log", "sqrt": "Sqrt",
@@ -229,7 +229,8 @@ for _name, _operator in _OPERATORS.items():
 @_rule("sub", spreads=True, orders=True)
 def _sub(graph: Graph, x: Any, y: Any, *, shape: Shape, dtype: Any) -> Any:
     del shape
-    if isinstance(y, np.ndarray):  # runtimes know how to fold a convolution's Add
+    if isinstance(y, np.ndarray) and y.dtype.kind == "f":
+        # Runtimes know how to fold an Add into the convolution before it.
         return _elementwise(graph, "Add", x, -y, dtype=dtype)
     return _elementwise(graph, "Sub", x, y, dtype=dtype)
 

@@ -1,0 +1,103 @@
+"""Named arrays in files: safetensors, or NumPy's npz where a path ends in `.npz`."""
+
+import contextlib
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+
+def read_arrays(path: str | Path, what: str) -> dict[str, np.ndarray]:
+    """All arrays of a file by name.
+
+    Args:
+      path: a safetensors or npz file.
+      what: what it holds, for messages: "weights".
+
+    Returns:
+      The arrays.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not such a file, or an npz that holds pickled objects.
+    """
+    with _readable(path, what):
+        if not _is_npz(path):
+            return load_file(path)
+        with _npz(path) as file:
+            return {name: file[name] for name in file.files}
+
+
+def read_names(path: str | Path, what: str) -> set[str]:
+    """The names alone, without reading the arrays; arguments and errors as of `read_arrays`."""
+    with _readable(path, what):
+        if _is_npz(path):
+            with _npz(path) as file:
+                return set(file.files)
+        with safe_open(path, framework="np") as opened:
+            return set(opened.keys())
+
+
+def read_metadata(path: str | Path, what: str) -> dict[str, str]:
+    """The texts beside the arrays of a safetensors file; errors as of `read_arrays`."""
+    with _readable(path, what), safe_open(path, framework="np") as file:
+        return file.metadata() or {}
+
+
+def write_arrays(arrays: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """Write a file that `read_arrays` reads; an existing one is replaced.
+
+    Args:
+      arrays: by name.
+      path: the file, a safetensors file unless it ends in `.npz`.
+
+    Raises:
+      FileNotFoundError: the folder of ``path`` does not exist.
+      ValueError: npz cannot hold an array's dtype, such as bfloat16.
+    """
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder {folder} does not exist: make it before saving {path}")
+    # Either format holds a buffer as it lies in memory, so a transposed view will not do.
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    if not _is_npz(path):
+        save_file(contiguous, path)
+        return
+    for name, array in contiguous.items():
+        if array.dtype.kind == "V":  # NumPy would forget which
+            raise ValueError(f"npz has no {array.dtype} ({name}): save a .safetensors file")
+    with zipfile.ZipFile(path, "w") as archive:  # np.savez refuses a few names, such as "file"
+        for name, array in contiguous.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def _is_npz(path: str | Path) -> bool:
+    return Path(path).suffix == ".npz"
+
+
+def _npz(path: str | Path) -> np.lib.npyio.NpzFile:
+    file = np.load(path, allow_pickle=False)
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise ValueError("a single array")
+    return file
+
+
+@contextlib.contextmanager
+def _readable(path: str | Path, what: str) -> Iterator[None]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{what} file {path} does not exist: give the path of a .safetensors or .npz file"
+        )
+    kind = "npz" if _is_npz(path) else "safetensors"
+    try:
+        yield
+    except (SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a readable {kind} file ({error}): convert the {what} with "
+            f"{'numpy.savez' if kind == 'npz' else 'safetensors'} first"
+        ) from error
