@@ -1,7 +1,11 @@
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from flax import nnx
+
+from qat_jax.models import CifarResNet, save_weights
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +19,14 @@ def own_data(data_dir: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QAT_JAX_DATA", data_dir)
         yield
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random parameters of the network of `resnet8.FLAGS`."""
+    path = tmp_path_factory.mktemp("weights") / "resnet8.safetensors"
+    save_weights(CifarResNet(8, in_channels=1, width=4, rngs=nnx.Rngs(0)), path)
+    return path
 
 
 @pytest.fixture(autouse=True)

@@ -1,41 +1,34 @@
 """From finished runs to files for elsewhere."""
 
+import os
+import shutil
+
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import qat_jax as qj
 from experiments import build, cli, export, ptq, train
 from qat_jax.export import load_packed
-from qat_jax.models import CifarResNet, save_weights
-
-DIGITS = [
-    "--config.dataset.name=digits",
-    "--config.dataset.mean=(0.5,)",
-    "--config.dataset.std=(0.5,)",
-    "--config.model.in_channels=1",
-    "--config.model.depth=8",
-    "--config.model.width=4",
-]
+from tests.experiments import resnet8
 
 
 @pytest.fixture(scope="module")
-def calibrated(tmp_path_factory):
+def calibrated(tmp_path_factory, weights):
     folder = tmp_path_factory.mktemp("ptq")
-    save_weights(CifarResNet(8, in_channels=1, width=4, rngs=nnx.Rngs(0)), folder / "w.safetensors")
+    copied = shutil.copy(weights, folder)
     arguments = [
         "ptq",
         "--config=configs/cifar10_resnet20_ptq.py:4/4U",
         f"--workdir={folder / 'run'}",
-        f"--config.model.pretrained={folder / 'w.safetensors'}",
+        f"--config.model.pretrained={copied}",
         "--config.calibration.batches=1",
-        *DIGITS,
+        *resnet8.FLAGS,
     ]
     assert cli.main(ptq.run, ptq.__doc__, arguments) == 0
-    (folder / "w.safetensors").unlink()  # what is exported is in the run
+    os.unlink(copied)  # what is exported is in the run
     return folder / "run"
 
 

@@ -2,11 +2,10 @@ import csv
 import json
 
 import pytest
-from flax import nnx
 
 from experiments import cli, hardware, hardware_results
 from qat_jax.hardware import published
-from qat_jax.models import CifarResNet, save_weights
+from tests.experiments import resnet8
 
 
 def command(workdir, *changes):
@@ -55,19 +54,12 @@ def test_the_main_leaves_what_it_promises(tmp_path, capsys):
     assert str(tmp_path) not in kept["command"]
 
 
-def test_what_results_lack_is_measured(tmp_path, monkeypatch):
+def test_what_results_lack_is_measured(tmp_path, weights, monkeypatch):
     one = {"4/4/4/4": published.ROUNDED_ENERGY["4/4/4/4"]}  # each takes seconds to compile
     monkeypatch.setattr(published, "ROUNDED_ENERGY", one)
-    weights = tmp_path / "resnet8.safetensors"
-    save_weights(CifarResNet(8, in_channels=1, width=4, rngs=nnx.Rngs(0)), weights)
     changes = [
         f"--config.bench.model.pretrained={weights}",
-        "--config.bench.dataset.name=digits",
-        "--config.bench.dataset.mean=(0.5,)",
-        "--config.bench.dataset.std=(0.5,)",
-        "--config.bench.model.in_channels=1",
-        "--config.bench.model.depth=8",
-        "--config.bench.model.width=4",
+        *(flag.replace("config.", "config.bench.") for flag in resnet8.FLAGS),
         "--config.formats=('nvfp4',)",
         "--config.gating_images=4",
     ]

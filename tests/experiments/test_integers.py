@@ -4,17 +4,9 @@ import csv
 import json
 
 import pytest
-from flax import nnx
 
 from experiments import cli, integers
-from qat_jax.models import CifarResNet, save_weights
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "resnet8.safetensors"
-    save_weights(CifarResNet(8, in_channels=1, width=4, rngs=nnx.Rngs(0)), path)
-    return path
+from tests.experiments import resnet8
 
 
 def main(workdir, weights, notation, *changes):
@@ -23,12 +15,7 @@ def main(workdir, weights, notation, *changes):
         f"--config=configs/cifar10_resnet20_ptq.py:{notation}",
         f"--workdir={workdir}",
         f"--config.model.pretrained={weights}",
-        "--config.dataset.name=digits",
-        "--config.dataset.mean=(0.5,)",
-        "--config.dataset.std=(0.5,)",
-        "--config.model.in_channels=1",
-        "--config.model.depth=8",
-        "--config.model.width=4",
+        *resnet8.FLAGS,
         "--config.scale_product_bits=(1, 10)",
         *changes,
     ]

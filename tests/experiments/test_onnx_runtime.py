@@ -5,30 +5,25 @@ import json
 import pytest
 
 from experiments import cli
-from tests.experiments.test_integers import weights  # noqa: F401
+from tests.experiments import resnet8
 
 pytest.importorskip("onnxruntime", reason="it is what runs here: pip install 'qat_jax[export]'")
 
 from experiments import onnx_runtime
 
 
-def main(workdir, pretrained, notation):
+def main(workdir, weights, notation):
     arguments = [
         "onnx_runtime",
         f"--config=configs/cifar10_resnet20_ptq.py:{notation}",
         f"--workdir={workdir}",
-        f"--config.model.pretrained={pretrained}",
-        "--config.dataset.name=digits",
-        "--config.dataset.mean=(0.5,)",
-        "--config.dataset.std=(0.5,)",
-        "--config.model.in_channels=1",
-        "--config.model.depth=8",
-        "--config.model.width=4",
+        f"--config.model.pretrained={weights}",
+        *resnet8.FLAGS,
     ]
     return cli.main(onnx_runtime.run, onnx_runtime.__doc__, arguments)
 
 
-def test_the_runtime_answers_as_jax_does(tmp_path, weights):  # noqa: F811
+def test_the_runtime_answers_as_jax_does(tmp_path, weights):
     assert main(tmp_path / "run", weights, "4/4U/4/6") == 0
     metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
     assert metrics["count"] == 360
@@ -41,7 +36,7 @@ def test_the_runtime_answers_as_jax_does(tmp_path, weights):  # noqa: F811
     assert metrics["float"]["time_over_float"] == 1
 
 
-def test_a_float_network_is_refused(tmp_path, weights, capsys):  # noqa: F811
+def test_a_float_network_is_refused(tmp_path, weights, capsys):
     assert main(tmp_path / "run", weights, "float") == cli.WRONG_USAGE
     assert "such as 8/8U" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
