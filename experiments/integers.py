@@ -6,6 +6,8 @@ Usage:
 
 Measures the simulated network, which computes with floats, and the one in integers beside it: the
 accuracy of each, how many examples get another answer, and the largest difference of their outputs.
+In float32 the simulation rounds its sums, which may give an activation the code beside its own; all
+of it is compared once more in float64, where both should answer alike.
 Then it rounds the product of the two scales of a vector to --config.scale_product_bits bits each
 (VS-Quant, arXiv:2102.04503, section 6, names the choice and not what it costs).
 
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -35,6 +38,7 @@ import qat_jax as qj
 from experiments import build, cli, tasks
 from experiments.ptq import Bench
 from qat_jax.integer import Datapath, Packed, integer_model, pack_model
+from qat_jax.nnx import copy_model
 from qat_jax.training.evaluation import predict
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import create_state
@@ -87,9 +91,11 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     folder.begin(settings)
     headline = bench.task.headline
-    expected, found = outputs(bench, simulated), outputs(bench, integers[None])
-    # Classes of an image, positions of an answer.
-    other = expected.argmax(1) != found.argmax(1)
+    compared = agreement(bench, simulated, integers[None])
+    with jax.enable_x64(True):
+        exact = in_double(simulated)
+        exact_integers = integer_model(pack_model(exact, *bench.first_inputs(1)))
+        compared_in_double = agreement(bench, exact, exact_integers)
     accuracy = {bits: bench.measure(model)[headline] for bits, model in integers.items()}
     in_float = bench.measure(bench.model)
     metrics: dict[str, Any] = {
@@ -97,16 +103,16 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "float_accuracy": in_float[headline],
         "simulated_accuracy": bench.measure(simulated)[headline],
         "integer_accuracy": accuracy[None],
-        "other_answers": int(np.sum(other.reshape(len(other), -1).any(1))),
-        "largest_output": float(np.abs(expected).max()),
-        "largest_difference": float(np.abs(expected - found).max()),
+        **compared,
+        "in_float64": compared_in_double,
         "kernel_bytes": sum(x.nbytes for x in jax.tree.leaves(nnx.state(packed, Packed))),
         "by_scale_product_bits": {str(b): a for b, a in accuracy.items() if b is not None},
     }
     logger.info(
-        "%d examples: simulated %.2f %%, in integers %.2f %%, %d other answers",
+        "%d examples: simulated %.2f %%, in integers %.2f %%, %d other answers, %d in float64",
         *(metrics["count"], 100 * metrics["simulated_accuracy"]),
         *(100 * metrics["integer_accuracy"], metrics["other_answers"]),
+        compared_in_double["other_answers"],
     )
     rounded = {b: 100 * a for b, a in accuracy.items() if b is not None}
     _write_csv(rounded, 100 * accuracy[None], workdir / CSV)
@@ -114,6 +120,29 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         title = f"{config.experiment}, {notation}: {metrics['count']} examples"
         _draw(rounded, 100 * accuracy[None], title, headline, workdir / FIGURE)
     return folder.finish(settings, metrics, wall_seconds=time.monotonic() - started)
+
+
+def agreement(bench: Bench, simulated: nnx.Module, integers: nnx.Module) -> dict[str, Any]:
+    """How alike two networks answer to all test examples."""
+    expected, found = outputs(bench, simulated), outputs(bench, integers)
+    # Classes of an image, positions of an answer.
+    other = expected.argmax(1) != found.argmax(1)
+    return {
+        "other_answers": int(np.sum(other.reshape(len(other), -1).any(1))),
+        "largest_output": float(np.abs(expected).max()),
+        "largest_difference": float(np.abs(expected - found).max()),
+    }
+
+
+def in_double(model: nnx.Module) -> nnx.Module:
+    """A copy with parameters, statistics and thresholds in float64."""
+    model = copy_model(model)
+    widened = jax.tree.map(
+        lambda x: x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+        nnx.state(model),
+    )
+    nnx.update(model, widened)
+    return model
 
 
 def outputs(bench: Bench, model: nnx.Module) -> np.ndarray:

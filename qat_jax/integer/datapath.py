@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from qat_jax.integer.operand import Operand
@@ -29,10 +30,10 @@ class Accumulator(NamedTuple):
     high: jax.Array
     low: jax.Array | None
 
-    def to_float(self) -> jax.Array:
-        """The nearest float32, or the one beside it."""
-        high = self.high.astype(jnp.float32)
-        return high if self.low is None else high * 2.0**_LOW + self.low.astype(jnp.float32)
+    def to_float(self, dtype: np.dtype) -> jax.Array:
+        """The nearest number of float32, or the one beside it; of float64 the nearest."""
+        high = self.high.astype(dtype)
+        return high if self.low is None else high * 2.0**_LOW + self.low.astype(dtype)
 
 
 class Sum(NamedTuple):
@@ -46,9 +47,9 @@ class Sum(NamedTuple):
     accumulator: Accumulator
     widths: Widths
 
-    def to_float(self) -> jax.Array:
-        """The sums as float32, in the units of codes and scales."""
-        return self.accumulator.to_float() * 2.0**self.widths.dropped
+    def to_float(self, dtype: np.dtype) -> jax.Array:
+        """The sums as float32 or float64, in the units of codes and scales."""
+        return self.accumulator.to_float(dtype) * 2.0**self.widths.dropped
 
 
 def contract(x: Operand, w: Operand, datapath: Datapath) -> Sum:

@@ -18,8 +18,8 @@ class Operand:
       codes: integers.
       scale: integers of the same shape, of each code the scale of its vector; None where all
         codes that are summed up share one.
-      outer: float32, what codes times scales are multiplied by; of the codes' rank, of length 1
-        wherever it does not differ.
+      outer: what codes times scales are multiplied by, float32 or, where the array was, float64;
+        of the codes' rank, of length 1 wherever it does not differ.
       vector_size: elements that share a scale; 0 where there is no ``scale``.
       code_bits: N.
       unsigned: whether no code is negative; None where the codes themselves say so at run time.
@@ -52,7 +52,8 @@ class Operand:
         unsigned = None if q.format.signed is None else not q.format.signed
         size = q.groups.vector_size
         if size is None:
-            outer = q.groups.expand(q.scale.astype(jnp.float32), q.shape)
+            dtype = jnp.promote_types(q.scale.dtype, jnp.float32)
+            outer = q.groups.expand(q.scale.astype(dtype), q.shape)
             if q.coarse is not None:
                 outer = outer * q.coarse
             return cls(q.codes, None, outer, 0, q.format.bits, unsigned, 0)

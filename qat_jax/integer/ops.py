@@ -43,7 +43,7 @@ def dot_general(
       datapath: the widths.
 
     Returns:
-      float32, of the shape of ``jax.lax.dot_general``.
+      float32 or, of float64 operands, float64, of the shape of ``jax.lax.dot_general``.
 
     Raises:
       ValueError: as of `contract`.
@@ -73,7 +73,7 @@ def einsum(
       datapath: the widths.
 
     Returns:
-      float32, of the shape of ``jax.numpy.einsum``.
+      float32 or, of float64 operands, float64, of the shape of ``jax.numpy.einsum``.
 
     Raises:
       ValueError: as of `contract`; an axis of one operand is summed up by itself.
@@ -127,7 +127,7 @@ def conv_general_dilated(
       datapath: the widths.
 
     Returns:
-      float32, of the shape of ``jax.lax.conv_general_dilated``.
+      float32 or, of float64 operands, float64, of the shape of ``jax.lax.conv_general_dilated``.
 
     Raises:
       ValueError: as of `contract`.
@@ -164,9 +164,9 @@ def conv_general_dilated(
 
     summed = contract(x_operand.rearranged(patches), w_operand.rearranged(kernels), datapath)
     batch, *pixels = jax.eval_shape(unfold, features_last(x_operand.codes)).shape[:-2]
-    made = summed.to_float().reshape(feature_group_count, batch, *pixels, -1)
-    made = jnp.moveaxis(made, 0, -2).reshape(batch, *pixels, -1)
-    made = made * (features_last(x_operand.outer) * outputs_last(w_operand.outer))
+    outer = features_last(x_operand.outer) * outputs_last(w_operand.outer)
+    made = summed.to_float(outer.dtype).reshape(feature_group_count, batch, *pixels, -1)
+    made = jnp.moveaxis(made, 0, -2).reshape(batch, *pixels, -1) * outer
     out_batch, out_feature, *out_space = spec.out_spec
     return jnp.moveaxis(made, range(made.ndim), (out_batch, *out_space, out_feature))
 
@@ -201,7 +201,8 @@ def _dot_general(
     w_outer = jnp.squeeze(w.outer.transpose(w_batch + w_free + w_summed), _last(w_summed))
     x_outer = jnp.expand_dims(x_outer, _last(w_free))
     w_outer = jnp.expand_dims(w_outer, range(len(batch), len(batch) + len(rows)))
-    return result.to_float().reshape(*batch, *rows, *columns) * (x_outer * w_outer)
+    outer = x_outer * w_outer
+    return result.to_float(outer.dtype).reshape(*batch, *rows, *columns) * outer
 
 
 def _last(axes: Sequence[int]) -> tuple[int, ...]:

@@ -26,10 +26,13 @@ def test_integers_answer_as_the_simulation_does_and_rounded_products_otherwise(t
     assert main(tmp_path / "run", weights, "4/4U/4/6") == 0
     metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
     assert metrics["count"] == 360
-    assert metrics["other_answers"] == 0
-    assert metrics["integer_accuracy"] == metrics["simulated_accuracy"]
     # A sum beside the middle of two codes may be rounded to the other one.
     assert 0 < metrics["largest_difference"] < 0.1 * metrics["largest_output"]
+    assert metrics["other_answers"] <= 1
+    assert abs(metrics["integer_accuracy"] - metrics["simulated_accuracy"]) < 1.1 / 360
+    # But not among numbers of 53 bits. The outputs are float32.
+    assert metrics["in_float64"]["other_answers"] == 0
+    assert metrics["in_float64"]["largest_difference"] < 1e-6 * metrics["largest_output"]
     # Products of 4- and 6-bit scales have 10 bits: rounding them to as many is no rounding.
     assert list(metrics["by_scale_product_bits"]) == ["1"]
     assert metrics["by_scale_product_bits"]["1"] != metrics["integer_accuracy"]

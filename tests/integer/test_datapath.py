@@ -101,7 +101,7 @@ def test_two_words_hold_the_largest_sums_there_can_be():
         assert summed.widths.accumulator > 32
         expected = 8 * 64 * 128 * (128 if sign > 0 else -127) * 255**2
         assert exact(summed.accumulator).item() == expected
-        assert summed.to_float().item() == np.float32(expected)
+        assert summed.to_float(np.float32).item() == np.float32(expected)
 
 
 def test_scale_products_are_rounded_half_up_to_their_highest_bits():
@@ -126,7 +126,7 @@ def test_scale_products_are_rounded_half_up_to_their_highest_bits():
         products = np.outer(scales, scales)
         expected = np.minimum(np.floor(products / 2**dropped + 0.5), 2**bits - 1)
         np.testing.assert_array_equal(exact(summed.accumulator)[0], expected)
-        np.testing.assert_array_equal(summed.to_float()[0], expected * 2**dropped)
+        np.testing.assert_array_equal(summed.to_float(np.float32)[0], expected * 2**dropped)
         assert summed.widths.scale_product == bits
 
 
