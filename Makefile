@@ -26,8 +26,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 quickstart: $(STAMP)  ## train a small ResNet on digits: float32, max and OCTAV at 4 and 2 bits
 	$(BIN)/python -m experiments.quickstart --workdir=runs/quickstart
 
-test: $(STAMP)  ## run the test suite (about ten minutes on 2 cores)
-	$(BIN)/python -m pytest -n 2
+test: $(STAMP)  ## run the test suite (about twelve minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check .

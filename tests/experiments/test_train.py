@@ -133,7 +133,11 @@ def test_a_run_killed_while_it_saves_goes_on_as_if_nothing_had_happened(finished
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["55", "66"]
 
 
-def test_two_processes_train_like_one_though_killed_and_stopped(finished, tmp_path):
+def test_two_processes_train_like_one_though_killed_and_stopped(tmp_path):
+    # Sums in another order differ by 1e-7. At the config's own rate training multiplies that by ten
+    # every few steps.
+    calm = "--config.optimizer.learning_rate=0.01"
+    assert main(tmp_path / "one", calm) == 0
     workdir = tmp_path / "two"
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -145,7 +149,7 @@ def test_two_processes_train_like_one_though_killed_and_stopped(finished, tmp_pa
             f"--config.hosts.coordinator=localhost:{port}",
             "--config.hosts.processes=2",
         ]
-        arguments = [sys.executable, "-m", "experiments.train", *command(workdir)[1:], *hosts]
+        arguments = [sys.executable, "-m", "experiments.train", *command(workdir, calm)[1:], *hosts]
         return [
             subprocess.Popen(
                 [*arguments, f"--config.hosts.index={index}"], stderr=subprocess.PIPE, text=True
@@ -181,13 +185,12 @@ def test_two_processes_train_like_one_though_killed_and_stopped(finished, tmp_pa
     assert [process.returncode for process in processes] == [0, 0], said
     assert "test accuracy" in said[0]
     assert "test accuracy" not in said[1]
-    ours, theirs = lines(workdir), lines(finished)
+    ours, theirs = lines(workdir), lines(tmp_path / "one")
     assert [(line["step"], line["split"]) for line in ours] == [
         (line["step"], line["split"]) for line in theirs
     ]
-    # Sums in another order differ by 1e-6, and training multiplies that by ten every ten steps.
-    losses = ([line["loss"] for line in run[:20]] for run in (ours, theirs))
-    np.testing.assert_allclose(*losses, rtol=1e-4)
+    losses = ([line["loss"] for line in run] for run in (ours, theirs))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 @pytest.mark.parametrize("missing", ["coordinator", "processes"])
