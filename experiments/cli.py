@@ -73,10 +73,27 @@ def main(
     if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
         print(usage.strip())
         return 0
-    _log_to_stderr()
-    try:
+
+    def work() -> int:
         arguments = parse(argv, default_config=default_config)
         run(arguments.config, arguments.workdir)
+        return 0
+
+    return guarded(work)
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Does the work of a main; what goes wrong becomes one line and an exit status.
+
+    Args:
+        work: returns the exit status.
+
+    Returns:
+        That of `work`; 1 failed, 2 wrong usage, 128 + n ended by signal n.
+    """
+    _log_to_stderr()
+    try:
+        return work()
     except (UsageError, WorkdirError, CheckpointError) as error:
         return fail(error, WRONG_USAGE)
     except NonFiniteLossError as error:
@@ -85,7 +102,6 @@ def main(
         return fail(error, SIGNAL_BASE + error.signal_number)
     except KeyboardInterrupt:
         return fail("interrupted: run the same command again to go on", SIGNAL_BASE + SIGINT)
-    return 0
 
 
 def gathering_main(usage: str, work: Callable[[Path, Path], str]) -> int:
