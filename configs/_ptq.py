@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ml_collections.config_dict import placeholder
+
 from qat_jax import Notation
 from qat_jax.policy import BLOCK_FORMATS
 
@@ -19,6 +21,7 @@ def ptq_config(notation: str) -> dict[str, Any]:
         notation = str(Notation.parse(notation))
     return {
         "quant": {
+            "policy": placeholder(str),  # a YAML file instead of all but `calibration` below
             "notation": notation,
             "vector_size": 16,
             "edges": "8/8U",  # of the first convolution and the classifier; clipped at the maximum

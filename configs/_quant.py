@@ -1,6 +1,7 @@
 """The part of a config that says how to quantise, from the config's argument."""
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from qat_jax import Notation
 
@@ -32,8 +33,8 @@ def quant_config(arg: str) -> ConfigDict:
     Example:
         >>> quant_config("bits=4,clipping=max").to_dict()
         {'activation_bits': 4, 'clipping': 'max', 'diagnostics': False, 'edge_bits': 8,
-         'edge_clipping': 'max', 'gradient': 'mph', 'narrow': True, 'notation': '', 'shards': 1,
-         'static_batches': 0, 'weight_bits': 4}
+         'edge_clipping': 'max', 'gradient': 'mph', 'narrow': True, 'notation': '', 'policy': None,
+         'shards': 1, 'static_batches': 0, 'weight_bits': 4}
     """
     values = dict(DEFAULTS)
     parts = [] if arg == "float" else [part for part in arg.split(",") if part]
@@ -54,6 +55,7 @@ def quant_config(arg: str) -> ConfigDict:
         values["notation"] = str(Notation.parse(values["notation"]))
     return ConfigDict(
         {
+            "policy": placeholder(str),  # a YAML file that says all of what follows; see README
             "notation": values["notation"],  # of vectors; "" for the bits below
             "weight_bits": int(values["bits"]),
             "activation_bits": int(values["bits"]),

@@ -138,6 +138,16 @@ def clipping(name: str) -> Clipping:
     raise ValueError(f"no clipping {name!r}: give one of {', '.join(CLIPPINGS)} or p99.99")
 
 
+def require_notation(config: ConfigDict) -> None:
+    """For mains that vary or read what a notation says.
+
+    Raises:
+        ValueError: the config has a policy instead.
+    """
+    if config.quant.policy:
+        raise ValueError("this main takes a notation, not quant.policy: --config=FILE:4/4U/4/6")
+
+
 def ptq_policy(config: ConfigDict) -> qj.Policy | None:
     """What the sections of `configs/_ptq.py` ask for; None where that is nothing.
 
@@ -145,6 +155,8 @@ def ptq_policy(config: ConfigDict) -> qj.Policy | None:
         ValueError: a notation, a clipping or an option does not exist.
     """
     quant = config.quant
+    if quant.get("policy"):
+        return qj.policy_from_yaml(quant.policy)
     if quant.notation == "float":
         return None
     scale = config.scale.to_dict()
@@ -180,6 +192,8 @@ def quantised_model(config: ConfigDict) -> nnx.Module:
         FileNotFoundError: the file of weights does not exist.
     """
     model, quant = float_model(config), config.quant
+    if quant.get("policy"):
+        return qj.quantize_model(model, qj.policy_from_yaml(quant.policy))
     first, last = _ENDS[config.model.name]
     if quant.notation:
         policy = qj.Policy.from_notation(

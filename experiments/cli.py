@@ -22,6 +22,7 @@ from ml_collections.config_flags import config_path
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from qat_jax.data import DataError
+from qat_jax.policy_file import load_policy, policy_to_yaml
 from qat_jax.training.checkpoint import CheckpointError
 from qat_jax.training.loop import Interrupted, NonFiniteLossError
 from qat_jax.training.workdir import Status, Workdir, WorkdirError
@@ -159,6 +160,7 @@ def parse(argv: Sequence[str], *, default_config: str | None = None) -> Argument
         raise UsageError(f"{positional[0]!r} is not a flag: write --config.NAME=VALUE; see --help")
     if not values.workdir:
         raise UsageError("give --workdir=DIR, the folder the run is written to")
+    _read_policy(values.config)
     return Arguments(config=values.config, workdir=Path(values.workdir))
 
 
@@ -193,6 +195,14 @@ def setup_errors() -> Iterator[None]:
         yield
     except (DataError, ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
+
+
+def _read_policy(config: ConfigDict) -> None:
+    """Puts a policy's text in the place of its file's name: the file may be changed later."""
+    path = config.get("quant", ConfigDict()).get("policy")
+    if path:
+        with setup_errors():
+            config.quant.policy = policy_to_yaml(load_policy(path))
 
 
 def _config_spec(argv: Sequence[str]) -> str | None:

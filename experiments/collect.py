@@ -32,7 +32,9 @@ def gather(runs: Path) -> list[dict[str, Any]]:
         result["command"] = without_folders(result["command"])
         config = result.pop("config")
         result["quant"] = config.get("quant")
-        if "clipping" in config:  # of a network quantised after training: a rule for each side
+        if (result["quant"] or {}).get("policy"):  # what else is said of quantisers does not count
+            result["quant"] = {"notation": "policy", "policy": result["quant"]["policy"]}
+        elif "clipping" in config:  # of a network quantised after training: a rule for each side
             result["quant"]["clipping"] = "/".join(
                 config["clipping"][side] for side in ("weights", "activations")
             )

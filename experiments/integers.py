@@ -76,9 +76,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         bench = Bench.from_config(config)
         simulated = bench.quantised(config)
         packed = pack_model(simulated, *bench.first_inputs(1))
-        notation = qj.Notation.parse(config.quant.notation)
-        stored = (notation.weight_scale, notation.activation_scale)
-        full = sum(bits for bits in stored if isinstance(bits, int))
+        name, full = _name_and_full_width(config)
         integers = {
             bits: integer_model(packed, Datapath(scale_product_bits=bits))
             for bits in (None, *config.scale_product_bits)
@@ -117,9 +115,18 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     rounded = {b: 100 * a for b, a in accuracy.items() if b is not None}
     _write_csv(rounded, 100 * accuracy[None], workdir / CSV)
     if rounded:
-        title = f"{config.experiment}, {notation}: {metrics['count']} examples"
+        title = f"{config.experiment}, {name}: {metrics['count']} examples"
         _draw(rounded, 100 * accuracy[None], title, headline, workdir / FIGURE)
     return folder.finish(settings, metrics, wall_seconds=time.monotonic() - started)
+
+
+def _name_and_full_width(config: ConfigDict) -> tuple[str, int]:
+    """What the figure calls the quantisers, and the most bits that a scale product has."""
+    if config.quant.policy:
+        return "a policy of its own", max(config.scale_product_bits, default=0) + 1
+    notation = qj.Notation.parse(config.quant.notation)
+    stored = (notation.weight_scale, notation.activation_scale)
+    return str(notation), sum(bits for bits in stored if isinstance(bits, int))
 
 
 def agreement(bench: Bench, simulated: nnx.Module, integers: nnx.Module) -> dict[str, Any]:

@@ -101,6 +101,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if (result := cli.finished(folder, settings)) is not None:
         return result
     with cli.setup_errors():
+        build.require_notation(config)
         # One threshold for the whole of an activation, whatever the notation has for its vectors.
         bits = qj.Notation.parse(config.quant.notation).activation_bits
         format = qj.Int(bits, signed=None, narrow=True)

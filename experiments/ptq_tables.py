@@ -223,6 +223,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         return result
     with cli.setup_errors():
         Placement.over_all_devices().check_batch_size(config.batch_size)
+        build.require_notation(config)
         todo = list(cells(tuple(config.tables)))
         settled = [_changed(config, cell) for cell in todo]
         for changed in settled:

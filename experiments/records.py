@@ -53,7 +53,7 @@ class Run:
 
     @property
     def bits(self) -> int | None:
-        """Of the weights; None if the config does not say."""
+        """Of the weights; None if the config does not say, or a policy says it layer by layer."""
         return self._bits("weight")
 
     @property
@@ -63,6 +63,8 @@ class Run:
 
     def _bits(self, side: str) -> int | None:
         quant = self.result["config"].get("quant", {})
+        if quant.get("policy"):
+            return None
         notation = quant.get("notation")
         if notation == "float":
             return FLOAT_BITS
@@ -212,7 +214,9 @@ def _label(run: Run, keys: Sequence[str], *, bits: bool) -> str:
         parts.append(f"activations {run.activation_bits} bits")
     for key in keys:
         name, value = key.rpartition(".")[2], run.settings.get(key)
-        if name == "notation" and value:
+        if name == "policy":
+            parts.append("policy of its own" if value else "")
+        elif name == "notation" and value:
             parts.append(str(value) if bits else _scales(str(value)))
         elif value not in (None, "") and (bits or not name.endswith("_bits")):
             parts.append(f"{name.replace('_', ' ')} {value}")

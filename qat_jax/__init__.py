@@ -19,6 +19,7 @@ from qat_jax.notation import Notation
 from qat_jax.ops import conv_general_dilated, dot_general, einsum
 from qat_jax.padding import ignore_padding
 from qat_jax.policy import Policy, Rule, preset, uniform_policy
+from qat_jax.policy_file import load_policy, policy_from_yaml, policy_to_yaml, save_policy
 from qat_jax.quantizer import QTensor, Quantizer, dequantize, fake_quant, quantize
 from qat_jax.scales import E4M3, E8M0, FloatScale, IntScale
 from qat_jax.storage import Storage, model_storage, operand_storage
@@ -62,16 +63,20 @@ __all__ = [
     "fake_quant_with_diagnostics",
     "fold_batch_norm",
     "ignore_padding",
+    "load_policy",
     "load_thresholds",
     "model_storage",
     "octav",
     "operand_quantizers",
     "operand_storage",
+    "policy_from_yaml",
+    "policy_to_yaml",
     "preset",
     "quantize",
     "quantize_model",
     "reestimate_batch_norm",
     "report",
+    "save_policy",
     "save_thresholds",
     "uniform_policy",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 from qat_jax import clipping, formats, granularity, scales
 from qat_jax.quantizer import Quantizer
 
-_TYPES: dict[str, type] = {
+TYPES: dict[str, type] = {
     known.__name__: known
     for known in (
         Quantizer,
@@ -50,8 +50,8 @@ def describe(value: Any) -> Any:
     if isinstance(value, str | int | float | None):
         return value
     name = type(value).__name__
-    if not dataclasses.is_dataclass(value) or _TYPES.get(name) is not type(value):
-        raise ValueError(f"{value!r} cannot be described in a file: use one of {', '.join(_TYPES)}")
+    if not dataclasses.is_dataclass(value) or TYPES.get(name) is not type(value):
+        raise ValueError(f"{value!r} cannot be described in a file: use one of {', '.join(TYPES)}")
     fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return {"type": name} | fields
 
@@ -68,9 +68,9 @@ def restore(description: Any) -> Any:
     if not isinstance(description, dict):
         return description
     fields = {name: restore(value) for name, value in description.items() if name != "type"}
-    known = _TYPES.get(description.get("type", ""))
+    known = TYPES.get(description.get("type", ""))
     if known is None:
-        raise ValueError(f"no {description.get('type')!r}: there are {', '.join(_TYPES)}")
+        raise ValueError(f"no {description.get('type')!r}: there are {', '.join(TYPES)}")
     try:
         return known(**fields)
     except TypeError as error:

@@ -85,6 +85,19 @@ def test_a_trained_network_becomes_a_packed_file(trained, tmp_path, capsys):
     assert jnp.isfinite(found).all()
 
 
+def test_a_network_trained_by_a_policy_file_needs_it_no_more(tmp_path):
+    path = tmp_path / "policy.yaml"
+    qj.save_policy(qj.preset("vsquant-4/4/4/6"), path)
+    arguments = ["train", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}"]
+    arguments += ["--config.model.width=4", "--config.total_epochs=0.1", "--config.batch_size=64"]
+    arguments += [f"--config.quant.policy={path}"]
+    assert cli.main(train.run, train.__doc__, arguments) == 0
+    path.unlink()
+    model, _ = export.packed_model(tmp_path / "run")
+    quantizer = qj.operand_quantizers(model)["layer1/0/conv1/activations"].quantizer
+    assert quantizer == qj.preset("vsquant-4/4/4/6").rules[0].activations
+
+
 def test_what_cannot_be_exported_is_said_and_nothing_written(trained, tmp_path, capsys):
     assert main(tmp_path, "safetensors", tmp_path / "m") == cli.WRONG_USAGE
     assert "holds no run" in capsys.readouterr().err

@@ -122,9 +122,34 @@ def test_batch_norms_are_folded_and_layers_overridden(tmp_path, weights):
     assert eight > four + 15
 
 
+def test_a_policy_in_a_file_takes_the_place_of_the_notation(tmp_path, weights, capsys):
+    path = tmp_path / "policy.yaml"
+    path.write_text(
+        "- {pattern: 'layer1/.*', notation: 8/8}\n- {pattern: .*, notation: 3/3U/4/6}\n"
+    )
+    arguments = command(tmp_path / "x", weights, f"--config.quant.policy={path}")
+    assert cli.main(ptq.run, ptq.__doc__, arguments) == 0
+    result = json.loads((tmp_path / "x" / "result.json").read_text())
+    bits = result["metrics"]["effective_bits"]
+    assert bits["layer1/0/conv1/weights"] == round(8 + 32 / 36, 4)
+    assert bits["layer2/0/conv1/weights"] == round(3 + 4 / 4 + 32 / 36, 4)
+    # The run keeps what the file said, not where it was.
+    assert qj.policy_from_yaml(result["config"]["quant"]["policy"]) == qj.load_policy(path)
+    path.write_text("- {pattern: .*, notation: 8/8}\n")
+    assert cli.main(ptq.run, ptq.__doc__, arguments) == cli.WRONG_USAGE
+    assert "holds a run of other settings (quant.policy" in capsys.readouterr().err
+
+    path.write_text("- {pattern: lyaer1, notation: 8/8}\n")
+    arguments[2] = f"--workdir={tmp_path / 'y'}"
+    assert cli.main(ptq.run, ptq.__doc__, arguments) == cli.WRONG_USAGE
+    assert "rule 'lyaer1' matches no layer" in capsys.readouterr().err
+    assert not (tmp_path / "y").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ("--config.quant.policy=no.yaml", "policy file no.yaml does not exist"),
         ("--config.clipping.weights=best", "give one of max, octav"),
         ("--config.quant.notation=4x4", "write W/A/ws/as"),
         ("--config.scale.codes=some", "IntScale.codes is one of"),
