@@ -44,6 +44,12 @@ def ptq_config(notation: str) -> dict[str, Any]:
         },
         "fold_batch_norm": False,
         "scale_product_bits": (3, 4, 5, 6, 7, 8),  # that `experiments.integers` rounds to
+        "inspect": {  # what `experiments.inspect` does besides its table
+            "sensitivity": False,  # the loss with each layer alone quantised, and alone in float
+            "suggest_bits": placeholder(float),  # of kernels on average, the best policy for that
+            "candidates": (2, 3, 4, 5, 6, 8),  # bits that it may choose
+            "examples": 250,  # training examples that losses are measured on
+        },
         # Those that `experiments.ptq_tables` measures.
         "tables": ("calibrators", "vectors", "sizes", "scales", "clipping", "order"),
     }

@@ -30,15 +30,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 import qat_jax as qj
 from experiments import build, cli, figures
-from experiments.ptq import Bench
-from qat_jax.nnx import Operand, captured_by_operand, is_weight
+from experiments.ptq import Bench, operands
+from qat_jax.nnx import is_weight
 from qat_jax.training.workdir import Workdir
 
 logger = logging.getLogger("experiments.outliers")
@@ -112,7 +111,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         inputs = bench.first_inputs(config.batch_size)
 
     folder.begin(settings)
-    found = activations(model, *inputs)
+    found = {path: x for path, x in operands(model, *inputs).items() if not is_weight(path)}
     rows = sorted(
         (measured(operand, x, format) for operand, x in found.items() if bool(jnp.any(x != 0))),
         key=lambda row: row.weight,
@@ -137,20 +136,6 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         *(heaviest.operand, heaviest.maximum, heaviest.octav, heaviest.exact, format.bits),
     )
     return folder.finish(settings, metrics, wall_seconds=time.monotonic() - started)
-
-
-def activations(model: nnx.Module, *inputs: jax.Array) -> dict[str, jax.Array]:
-    """What reaches the quantisers of activations in a forward pass of the evaluation mode."""
-    model.eval()
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def forward(state: nnx.State, *inputs: jax.Array) -> dict[str, jax.Array]:
-        _, captured = nnx.capture(nnx.merge(graphdef, state), Operand)(*inputs)
-        found = captured_by_operand(captured)
-        return {operand: x for operand, x in found.items() if not is_weight(operand)}
-
-    return forward(state, *inputs)
 
 
 def measured(operand: str, x: jax.Array, format: qj.Int) -> Outliers:

@@ -51,6 +51,7 @@ from experiments.runs import PACKED
 from qat_jax.batch_norm import fold_batch_norm, reestimate_batch_norm
 from qat_jax.export import save_packed
 from qat_jax.integer import pack_model
+from qat_jax.nnx import Operand, captured_by_operand
 from qat_jax.training.evaluation import Metrics
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import create_state
@@ -214,6 +215,19 @@ def diagnose(model: nnx.Module, *inputs: jax.Array) -> dict[str, dict[str, float
         operand: {name: round(float(value), 4) for name, value in figures._asdict().items()}
         for operand, figures in qj.diagnostics_by_layer(captured).items()
     }
+
+
+def operands(model: nnx.Module, *inputs: jax.Array) -> dict[str, jax.Array]:
+    """What reaches each quantiser in a forward pass of the evaluation mode."""
+    model.eval()
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def forward(state: nnx.State, *inputs: jax.Array) -> dict[str, jax.Array]:
+        _, captured = nnx.capture(nnx.merge(graphdef, state), Operand)(*inputs)
+        return captured_by_operand(captured)
+
+    return forward(state, *inputs)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,14 @@ def calibration_inputs(
         yield _inputs(task, batch)
 
 
+def calibration_batch(
+    task: Task, source: Any, *, batch_size: int, seed: int
+) -> dict[str, jax.Array]:
+    """The first batch of shuffled examples, with their labels or answers."""
+    batches = data.train_batches(source, batch_size=batch_size, seed=seed, fields=task.fields)
+    return {name: jnp.asarray(array) for name, array in next(iter(batches)).items()}
+
+
 def first_inputs(task: Task, source: Any, count: int) -> tuple[jax.Array, ...]:
     """What the model is called with on the first examples of a source."""
     batch = next(data.eval_batches(source, batch_size=count, fields=task.fields))

@@ -1,0 +1,131 @@
+"""What each quantiser costs, by one program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import qat_jax as qj
+from qat_jax.bit_allocation import allocate_bits, average_bits
+from qat_jax.models import BertForQuestionAnswering, BertSize, CifarResNet
+from qat_jax.sensitivity import FLOAT, OWN, losses_of, with_switches
+
+RESNET = CifarResNet(8, in_channels=1, width=4, rngs=nnx.Rngs(0))
+IMAGES = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+SMALL_BERT = BertSize(layers=1, hidden=32, heads=2, intermediate=48, vocabulary=20, positions=9)
+BERT = BertForQuestionAnswering(SMALL_BERT, rngs=nnx.Rngs(0))
+TOKENS = jnp.array([[1, 5, 3, 7, 2, 0], [4, 4, 9, 0, 0, 0]])
+
+
+def loss(model, inputs):
+    return jnp.mean(jnp.square(model(inputs)))
+
+
+def plainly(model, rules, inputs):
+    """Quantised by rules of its layers, the ordinary way."""
+    if rules:
+        model = qj.quantize_model(model, qj.Policy(rules))
+    model.eval()
+    return float(jax.jit(loss)(model, inputs))
+
+
+@pytest.mark.parametrize(("model", "inputs"), [(RESNET, IMAGES), (BERT, TOKENS)])
+def test_choices_are_policies(model, inputs):
+    policy = qj.preset("octav-w3a3")  # of all layers, the ends too
+    quantised = qj.quantize_model(model, policy)
+    quantised.eval()
+    operands = list(qj.operand_quantizers(quantised))
+    layers = dict.fromkeys(path.rpartition("/")[0] for path in operands)
+    choices = [{}, dict.fromkeys(operands, OWN)]
+    choices += [{p: OWN for p in operands if p.rpartition("/")[0] == layer} for layer in layers]
+    in_float, everything, *alone = losses_of(with_switches(quantised), loss, choices, inputs)
+    assert in_float == pytest.approx(plainly(model, [], inputs), rel=1e-5)
+    assert everything == pytest.approx(float(jax.jit(loss)(quantised, inputs)), rel=1e-5)
+    (rule,) = policy.rules
+    for layer, found in zip(layers, alone, strict=True):
+        one = qj.Rule(layer, rule.weights, rule.activations)
+        assert found == pytest.approx(plainly(model, [one], inputs), rel=1e-5), layer
+    assert len(set(alone)) == len(layers)
+
+
+def test_alternatives_are_quantisers_of_their_own():
+    quantised = qj.quantize_model(RESNET, "octav-w8a8")
+    quantised.eval()
+    other = qj.Quantizer(qj.Int(2, narrow=True), qj.PerChannel())
+    switched = with_switches(quantised, {"layer1/0/conv1/weights": [other]})
+    own, two = losses_of(
+        switched,
+        loss,
+        [{"layer1/0/conv1/weights": OWN}, {"layer1/0/conv1/weights": OWN + 1}],
+        IMAGES,
+    )
+    rule = qj.Rule("layer1/0/conv1", other)
+    assert two == pytest.approx(plainly(RESNET, [rule], IMAGES), rel=1e-5)
+    assert abs(two - own) > 1e-3 * own
+    with pytest.raises(ValueError, match="the model quantises no nothing/weights"):
+        with_switches(quantised, {"nothing/weights": [other]})
+
+
+def test_frozen_thresholds_stay_and_the_model_itself_too():
+    quantised = qj.quantize_model(RESNET, "octav-w3a3")
+    qj.calibrate(quantised, [3 * IMAGES])
+    quantised.eval()
+    before = jax.tree.map(np.asarray, nnx.state(quantised))
+    switched = with_switches(quantised)
+    everything = dict.fromkeys(qj.operand_quantizers(quantised), OWN)
+    found, again, other = losses_of(
+        switched, loss, [everything, everything, {**everything, "linear/weights": FLOAT}], IMAGES
+    )
+    assert found == again == pytest.approx(float(jax.jit(loss)(quantised, IMAGES)), rel=1e-5)
+    assert other != found
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(quantised))
+
+
+def test_one_program_measures_everything():
+    quantised = qj.quantize_model(RESNET, "octav-w3a3")
+    quantised.eval()
+    traced = []
+
+    def counting(model, inputs):
+        traced.append(1)
+        return loss(model, inputs)
+
+    choices = [{}] + [{path: OWN} for path in qj.operand_quantizers(quantised)]
+    assert len(set(losses_of(with_switches(quantised), counting, choices, IMAGES))) > 5
+    assert len(traced) == 1
+
+
+def brute_force(losses, sizes, average):
+    import itertools
+
+    kernels = list(losses)
+    budget = average * sum(sizes.values())
+    found = [
+        (sum(losses[k][b] for k, b in zip(kernels, bits, strict=True)), bits)
+        for bits in itertools.product(*(losses[k] for k in kernels))
+        if sum(sizes[k] * b for k, b in zip(kernels, bits, strict=True)) <= budget + 1e-9
+    ]
+    return min(found)[0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bits_are_those_of_brute_force(seed):
+    rng = np.random.default_rng(seed)
+    losses = {f"k{i}": {b: float(rng.exponential(1 / b)) for b in (2, 3, 4, 8)} for i in range(5)}
+    sizes = {name: int(rng.integers(1, 1000)) for name in losses}
+    average = float(rng.uniform(2, 8))
+    bits = allocate_bits(losses, sizes, average)
+    assert average_bits(bits, sizes) <= average + 1e-6
+    total = sum(losses[name][b] for name, b in bits.items())
+    assert total == pytest.approx(brute_force(losses, sizes, average))
+
+
+def test_a_budget_that_is_met_exactly_is_met():
+    losses = {"a": {3: 1.0, 4: 0.5}, "b": {3: 1.0, 4: 0.0}}
+    assert allocate_bits(losses, {"a": 7, "b": 7}, 3.5) == {"a": 3, "b": 4}
+    assert allocate_bits(losses, {"a": 7, "b": 7}, 3) == {"a": 3, "b": 3}
+    with pytest.raises(ValueError, match=r"2\.9 bits .* the fewest of each kernel make 3\.00"):
+        allocate_bits(losses, {"a": 7, "b": 7}, 2.9)
+    with pytest.raises(ValueError, match="not finite"):
+        allocate_bits({"a": {3: float("nan")}}, {"a": 7}, 4)
