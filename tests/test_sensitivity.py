@@ -67,6 +67,24 @@ def test_alternatives_are_quantisers_of_their_own():
         with_switches(quantised, {"nothing/weights": [other]})
 
 
+def test_alternatives_do_not_see_padding():
+    quantised = qj.quantize_model(BERT, qj.preset("max-w8a4"))
+    quantised.eval()
+    operands = qj.operand_quantizers(quantised)
+    own = {path: OWN for path in operands if path.endswith(("activations", "query", "key"))}
+    switched = with_switches(quantised, {path: [operands[path].quantizer] for path in own})
+    mask = TOKENS > 0
+
+    def padded(model, tokens):
+        with qj.ignore_padding(mask):
+            return jnp.mean(jnp.square(model(tokens, mask=mask)[mask]))
+
+    first, second = losses_of(switched, padded, [own, dict.fromkeys(own, OWN + 1)], TOKENS)
+    assert first == second
+    (seen,) = losses_of(switched, loss, [own], TOKENS)
+    assert seen != first
+
+
 def test_frozen_thresholds_stay_and_the_model_itself_too():
     quantised = qj.quantize_model(RESNET, "octav-w3a3")
     qj.calibrate(quantised, [3 * IMAGES])
