@@ -19,9 +19,7 @@ from experiments.records import group, read_runs
 def make(folder, metrics, *, seed=0, bits=4, lines=(), **quant):
     folder.mkdir(parents=True)
     quant = {"weight_bits": bits, "activation_bits": bits, "clipping": "octav", **quant}
-    command = (
-        "python -m experiments.train --config=configs/digits.py --workdir=/home/me/x --note=<b>"
-    )
+    command = "python -m experiments.train --config=configs/digits.py --workdir=/home/me/x --n=<b>"
     config = {"experiment": "made", "seed": seed, "quant": quant, "dataset": {"name": "<digits>"}}
     result = {
         "experiment": "made",
@@ -117,7 +115,7 @@ def test_the_page_shows_everything_and_needs_nothing(runs):
     assert "--workdir=PATH/x" in shown
     assert "/home/me" not in text
     assert "<digits>" not in text  # escaped
-    assert "--note=<b>" in shown
+    assert "--n=<b>" in shown
     assert "b" not in {tag for tag, _ in page.tags}
     assert "ARG: bits (2 to 8" in shown  # what the config says
     # No script, so no console error; no address, so no network.
