@@ -24,6 +24,7 @@ DIR gets config.json, result.json, operands.csv and, if measured, layers.csv and
 import csv
 import dataclasses
 import logging
+import math
 import re
 import sys
 import time
@@ -155,7 +156,7 @@ def operand_rows(model: nnx.Module, *inputs: jax.Array) -> list[dict[str, Any]]:
     for path, holder in qj.operand_quantizers(model).items():
         quantizer, x = holder.quantizer, arrays[path]
         own, best = figures[f"{path}/own"], figures[path]
-        threshold = own["threshold_over_max"]
+        threshold, optimum = own["threshold_over_max"], best["threshold_over_max"]
         rows.append(
             {
                 "operand": path,
@@ -163,7 +164,7 @@ def operand_rows(model: nnx.Module, *inputs: jax.Array) -> list[dict[str, Any]]:
                 "codes": short(quantizer.format),
                 "scales": short(quantizer.granularity),
                 "threshold / max": threshold,
-                "threshold / optimum": round(threshold / best["threshold_over_max"], 4),
+                "threshold / optimum": round(threshold / optimum, 4) if optimum else math.nan,
                 "SQNR, dB": own["sqnr_db"],
                 "SQNR at optimum, dB": best["sqnr_db"],
                 "clipped, %": round(100 * own["clipped_fraction"], 3),

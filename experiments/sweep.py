@@ -25,7 +25,8 @@ Examples:
 KEY is any key of the config, or `quant`: the config's ARG, added to one that --config has. Values
 that have commas are separated by semicolons: --sweep.quant="bits=4,clipping=octav;bits=4".
 FILE.yaml has `grid:` (values of each key) and `cells:` (a list of settings that go together).
---main is a main that takes --config and --workdir: train, ptq, integers, onnx_runtime, outliers.
+--main is a main that takes --config and --workdir: train, ptq, inspect, integers, onnx_runtime or
+outliers.
 
 Every run is a normal one, in a folder of its own in DIR; what it says is in DIR/logs. Run the same
 command again, with more values if you like: finished runs are skipped, unfinished ones resumed. A
@@ -62,7 +63,7 @@ from qat_jax.training.workdir import Status, Workdir, write_text
 
 logger = logging.getLogger("experiments.sweep")
 
-MAINS = ("train", "ptq", "integers", "onnx_runtime", "outliers")
+MAINS = ("train", "ptq", "inspect", "integers", "onnx_runtime", "outliers")
 CSV, LOGS = "sweep.csv", "logs"
 _POLL_SECONDS = 0.2
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
