@@ -268,8 +268,8 @@ def _integer_pow(graph: Graph, x: Any, *, shape: Shape, dtype: Any, y: Any) -> A
 
 
 @_rule("erfc", spreads=True, orders=True)
-def _erfc(graph: Graph, x: Any, *, shape: Shape, dtype: Any) -> Any:
-    del shape
+def _erfc(graph: Graph, x: Any, *, shape: Shape, dtype: Any, accuracy: Any = None) -> Any:
+    del shape, accuracy  # which JAX 0.12 has
     erf = _elementwise(graph, "Erf", x, dtype=dtype)
     return _elementwise(graph, "Sub", np.ones((), dtype), erf, dtype=dtype)
 
