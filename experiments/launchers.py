@@ -102,6 +102,8 @@ class ClusterJobs:
     """
 
     def __init__(self, cluster: str, logs: Path, parameters: Mapping[str, Any]):
+        # Its import would configure logging, and close the handlers that there are.
+        os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
         try:
             import submitit
         except ModuleNotFoundError as error:
