@@ -203,13 +203,14 @@ def _draw_curves(axes: Axes, curves: list[figures.ErrorCurve]) -> None:
             label = name if curve is curves[0] else None
             size = 14 if marker == "*" else 7
             axes.plot(threshold, error, marker, color=face, markersize=size, label=label)
-        start = curve.thresholds[0], curve.errors[0]
-        axes.annotate(f"{curve.format.bits} bits", start, color=colour, weight="bold",
-                      xytext=(2, 6), textcoords="offset points")  # fmt: skip
+        lowest = curve.thresholds[best], curve.errors[best]
+        axes.annotate(f"{curve.format.bits} bits", lowest, color=colour, weight="bold", ha="center",
+                      xytext=(0, -18), textcoords="offset points")  # fmt: skip
     axes.set(
         xlabel="clipping threshold", ylabel="mean squared error / mean square", title="Its error"
     )
     axes.grid(alpha=0.3)
+    axes.margins(y=0.12)
     axes.legend(frameon=False)
 
 

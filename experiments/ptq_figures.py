@@ -152,7 +152,12 @@ def _draw(
     axes[0, 0].set_yticks(ticks, labels=map(str, ticks))
     axes[0, 0].set_ylim(high, low)  # the better, the higher
     figure.suptitle(TITLES[table])
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    labelled: dict[str, Any] = {}
+    for panel in axes.flat:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            labelled.setdefault(label, handle)
+    lines = list(labelled.values())
+    figure.legend(lines, list(labelled), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
