@@ -37,6 +37,11 @@ def get_config() -> ConfigDict:
                         "per_channel": "results/ptq_mobilenet_v1_depthwise.csv",
                         "per_channel_column": "weights max, batch norms re-estimated",
                     },
+                    "minilm": {
+                        **_measured("MiniLM, SQuAD, F1", "ptq_minilm_bert"),
+                        "per_channel": "results/ptq_minilm_bert_dynamic.csv",
+                        "per_channel_column": "octav",
+                    },
                 },
                 sort_keys=False,
             ),
