@@ -102,6 +102,13 @@ were at hand; the counterparts are smaller networks on fewer images.
 - OCTAV, table 5, before any training. SQuAD v1.1, MiniLM fine-tuned for 1.5 epochs of 10,258
   questions (F1 70.8 on 497 held-out ones), thresholds found in every batch:
   `ptq_minilm_bert_dynamic.csv`. The published column beside it is BERT-base, trained quantised.
+- OCTAV, appendix G. The activation of that MiniLM with the heaviest outliers, its error against the
+  threshold: `outliers_minilm.*`.
+- VS-Quant, tables 3 and 6. The same MiniLM without retraining, vectors of 16 and the bits of their
+  scales: `ptq_minilm_bert_vectors.csv`, `ptq_minilm_bert_scales.csv`.
+- Scale products rounded to 3 to 8 bits, which VS-Quant does not report, and networks in integers
+  beside their simulation: `integers.json`.
+- Bits of each kernel chosen by sensitivity, ResNet-20 at 3.02 bits on average: `inspect_resnet20*`.
 - ONNX Runtime beside JAX, ResNet-20: `onnx_resnet20.json`. Every 8-bit and every frozen 4-bit
   answer is the same; on a CPU without VNNI the 8-bit graph is 0.27 of the float graph's size and
   takes 1.8 times its time.
