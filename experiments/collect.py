@@ -48,9 +48,13 @@ def gather(runs: Path) -> list[dict[str, Any]]:
 
 
 def accuracy_before(path: Path) -> float | None:
-    """The test accuracy before the first step of training, in [0, 1]; None if not measured."""
+    """The accuracy before the first step of training, in [0, 1]; None if not measured.
+
+    On held-out images where there are some, since test images are then looked at only at the end.
+    """
     lines = map(json.loads, path.read_text().splitlines() if path.exists() else ())
-    tested = (line for line in lines if line["step"] == 0 and line["split"] in ("test", "float"))
+    measured = ("validation", "test", "float")
+    tested = (line for line in lines if line["step"] == 0 and line["split"] in measured)
     return next((line["accuracy"] for line in tested), None)
 
 
@@ -67,9 +71,11 @@ def without_folders(command: str) -> str:
 def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table: what was quantised how, and the test accuracy in per cent.
 
-    "before" is the accuracy before training; of a run without training, that in float.
+    "before" is the accuracy before training; of a run without training, that in float. Where images
+    were held out it is theirs, and so is "held out", the accuracy after training.
     """
-    header = ["run", *COLUMNS, "seed", "before", "test accuracy", "test images", "steps", "minutes"]
+    header = ["run", *COLUMNS, "seed", "before", "held out"]
+    header += ["test accuracy", "test images", "steps", "minutes"]
     lines = [" | ".join(header), " | ".join("---" for _ in header)]
     for result in results:
         metrics = result["metrics"]
@@ -77,14 +83,19 @@ def table(results: list[dict[str, Any]]) -> str:
             result["name"],
             *(result["quant"].get(column) or "-" for column in COLUMNS),
             result["seed"],
-            "-" if (before := metrics["accuracy_before"]) is None else f"{100 * before:.1f}",
-            f"{100 * metrics['test_accuracy']:.1f}",
+            _percent(metrics["accuracy_before"]),
+            _percent(metrics.get("validation_accuracy")),
+            _percent(metrics["test_accuracy"]),
             metrics["test_count"],
             metrics.get("steps", "-"),
             f"{result['wall_seconds'] / 60:.1f}",
         ]
         lines.append(" | ".join(map(str, cells)))
     return "".join(f"| {line} |\n" for line in lines)
+
+
+def _percent(accuracy: float | None) -> str:
+    return "-" if accuracy is None else f"{100 * accuracy:.1f}"
 
 
 def write(runs: Path, out: Path) -> str:

@@ -279,6 +279,7 @@ def test_configs_are_complete(name):
     module = importlib.import_module(f"configs.{name}")
     config = module.get_config("bits=3,gradient=mad")
     assert config.quant.to_dict() == {
+        "policy": None,
         "notation": "",
         "shards": 1,
         "static_batches": 0,
