@@ -51,9 +51,9 @@ class Entropy:
         format = uniform(format, self)
         x = lax.stop_gradient(x)
         levels = jnp.asarray(format.grid(x).high, jnp.int32) + 1
-        groups, largest = unit_groups(x, format, axes)
+        groups, group_axes, largest = unit_groups(x, format, axes)
         bins = min(self.bins, max(1, math.prod(x.shape[axis] for axis in axes)))
-        counts = _histogram(merged(groups, largest.ndim), bins)
+        counts = _histogram(merged(groups, group_axes), bins)
         spare = jnp.maximum(bins - levels, 0)
 
         def try_end(k: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -44,36 +44,43 @@ class Exact:
         """The best threshold of each group of x."""
         x = lax.stop_gradient(x)
         grid = format.grid(x)
-        groups, largest = unit_groups(x, format, axes)
-        rows = merged(groups, largest.ndim)
+        groups, group_axes, largest = unit_groups(x, format, axes)
         size = math.prod(x.shape[axis] for axis in axes)
         if size == 0:
             return jnp.zeros(keepdims_shape(x, axes), largest.dtype)
         middles = format.midpoints
         if size * len(middles) <= _BREAKPOINTS:
-            step = _best_step(rows, 1.0, grid, *_breakpoints(rows, middles))
+            candidates = _breakpoints(groups, group_axes, middles)
+            step = _best_step(groups, group_axes, 1.0, grid, *candidates)
         else:
-            support, weight = _histogram(rows) if size > 2 * _BINS else (rows, 1.0)
-            like = jnp.zeros_like(largest.reshape(-1))
-            step = _best_step(support, weight, grid, *_logarithmic(like, size, grid))
-            step = _refined(groups, step.reshape(largest.shape), grid)
-        unit = (step * grid.steps).reshape(largest.shape)
-        return rescaled(unit, largest).reshape(keepdims_shape(x, axes))
+            if size > 2 * _BINS:
+                candidates = _logarithmic(jnp.zeros_like(largest.reshape(-1)), size, grid)
+                support, weight = _histogram(merged(groups, group_axes))
+                step = _best_step(support, (1,), weight, grid, *candidates).reshape(largest.shape)
+            else:
+                candidates = _logarithmic(jnp.zeros_like(largest), size, grid)
+                step = _best_step(groups, group_axes, 1.0, grid, *candidates)
+            step = _refined(groups, group_axes, step, grid)
+        return rescaled(step * grid.steps, largest).reshape(keepdims_shape(x, axes))
 
 
 _BINS = _OCTAVES * _BINS_PER_OCTAVE + 1  # one more for the largest itself
 
 
-def _breakpoints(rows: jax.Array, middles: np.ndarray) -> tuple[Candidate, int]:
-    """Steps a little below each breakpoint of each row, and how many."""
+def _breakpoints(
+    groups: jax.Array, axes: tuple[int, ...], middles: np.ndarray
+) -> tuple[Candidate, int]:
+    """Steps a little below each breakpoint of each group, and how many."""
     # Far enough for the quotient to round up.
-    below = jnp.asarray((1 - 1e-6) / middles, rows.dtype)
+    below = jnp.asarray((1 - 1e-6) / middles, groups.dtype)
+    elements = merged(groups, axes).T
+    shape = tuple(size for axis, size in enumerate(groups.shape) if axis not in axes)
 
     def candidate(i: jax.Array) -> jax.Array:
-        element = lax.dynamic_index_in_dim(rows, i // len(middles), axis=1, keepdims=False)
-        return jnp.abs(element) * below[i % len(middles)]
+        element = lax.dynamic_index_in_dim(elements, i // len(middles), keepdims=False)
+        return (jnp.abs(element) * below[i % len(middles)]).reshape(shape)
 
-    return candidate, rows.shape[1] * len(middles)
+    return candidate, elements.shape[0] * len(middles)
 
 
 def _logarithmic(like: jax.Array, size: int, grid: Grid | FloatGrid) -> tuple[Candidate, int]:
@@ -112,18 +119,19 @@ def _histogram(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _best_step(
-    rows: jax.Array,
+    x: jax.Array,
+    axes: tuple[int, ...],
     weight: jax.Array | float,
     grid: Grid | FloatGrid,
     candidate: Candidate,
     count: int,
 ) -> jax.Array:
-    """The step of least weighted error among the refitted candidates; 0 for rows of zeros."""
+    """The step of least weighted error among the refitted candidates; 0 for groups of zeros."""
 
     def try_candidate(
         i: jax.Array, best: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        error, refitted = _refit(rows, weight, candidate(i), grid)
+        error, refitted = _refit(x, axes, weight, candidate(i), grid)
         better = error < best[0]  # NaN, where the candidate is 0, is not
         return jnp.where(better, error, best[0]), jnp.where(better, refitted, best[1])
 
@@ -131,14 +139,16 @@ def _best_step(
     return lax.fori_loop(0, count, try_candidate, (zero + jnp.inf, zero))[1]
 
 
-def _refined(groups: jax.Array, step: jax.Array, grid: Grid | FloatGrid) -> jax.Array:
+def _refined(
+    groups: jax.Array, axes: tuple[int, ...], step: jax.Array, grid: Grid | FloatGrid
+) -> jax.Array:
     """The best step after alternating between codes and step on the data itself (Lloyd)."""
 
     def refine(
         _: int, carry: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         least, best, step = carry
-        error, refitted = _refit(groups, 1.0, step, grid)
+        error, refitted = _refit(groups, axes, 1.0, step, grid)
         better = error < least
         return jnp.where(better, error, least), jnp.where(better, refitted, best), refitted
 
@@ -146,16 +156,20 @@ def _refined(groups: jax.Array, step: jax.Array, grid: Grid | FloatGrid) -> jax.
 
 
 def _refit(
-    x: jax.Array, weight: jax.Array | float, step: jax.Array, grid: Grid | FloatGrid
+    x: jax.Array,
+    axes: tuple[int, ...],
+    weight: jax.Array | float,
+    step: jax.Array,
+    grid: Grid | FloatGrid,
 ) -> tuple[jax.Array, jax.Array]:
     """The best step for the codes that a step leads to, and its error.
 
     Sums of what is left, not of x: x² would drown a small error in rounding.
     """
-    wide = jnp.expand_dims(step, range(step.ndim, x.ndim))
+    wide = jnp.expand_dims(step, axes)
     codes = grid.round(x / wide)
     rest = x - codes * wide
     terms = weight * rest * rest, weight * rest * codes, weight * codes * codes
-    square, cross, energy = sums(terms, step.ndim)
+    square, cross, energy = sums(terms, axes)
     shift = cross / jnp.where(energy > 0, energy, 1)
     return square - shift * cross, step + shift

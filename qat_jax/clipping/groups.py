@@ -13,11 +13,29 @@ from qat_jax.formats import Format
 
 # Elements that are added up in one go.
 _BLOCK = 8192
+# Groups of at most so many elements are reduced all at once, one a lane.
+_SMALL = 256
 
 
 def keepdims_shape(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of x with ``axes`` at length 1."""
     return tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
+
+
+def arranged(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+    """An array with ``axes`` where reductions are fast, and where that is.
+
+    Of many small groups they come first: a processor's lanes then run across the groups, each of
+    which is hardly longer than they are many. Otherwise they come last (`groups_last`).
+
+    What a reduction over the new axes returns has one entry for each group;
+    ``jnp.expand_dims(…, axes)`` spreads it over the groups again.
+    """
+    if len(axes) < x.ndim and math.prod(x.shape[axis] for axis in axes) <= _SMALL:
+        kept = tuple(axis for axis in range(x.ndim) if axis not in axes)
+        return x.transpose(axes + kept), tuple(range(len(axes)))
+    groups = groups_last(x, axes)
+    return groups, tuple(range(x.ndim - len(axes), groups.ndim))
 
 
 def groups_last(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -42,8 +60,8 @@ def groups_last(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return x
 
 
-def sums(values: Sequence[jax.Array], kept: int) -> Sequence[jax.Array]:
-    """Sums of several arrays over all axes but the first ``kept``, from one pass over the data.
+def sums(values: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequence[jax.Array]:
+    """Sums of several arrays over the axes of `arranged` groups, from one pass over the data.
 
     Blocks first, then their sums: rounding errors grow with the length of a chain of additions.
     Along the first summed axis, which is the one that devices share, all arrays are added as one,
@@ -53,19 +71,22 @@ def sums(values: Sequence[jax.Array], kept: int) -> Sequence[jax.Array]:
       The sums, in the dtype of the first array; those of integers are exact along all other axes.
     """
     shape = values[0].shape
-    first = len(shape)
-    while first > kept and math.prod(shape[first - 1 :]) <= _BLOCK:
-        first -= 1
-    first = max(first, min(kept + 1, len(shape)))
+    dtype = values[0].dtype
+    kept = len(shape) - len(axes)
+    zeros = tuple(np.zeros((), value.dtype) for value in values)
 
     def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         return tuple(p + q for p, q in zip(a, b, strict=True))
 
-    zeros = tuple(np.zeros((), value.dtype) for value in values)
+    if kept and axes == tuple(range(len(axes))):  # small groups
+        return [part.astype(dtype) for part in lax.reduce(tuple(values), zeros, add, axes)]
+    first = len(shape)
+    while first > kept and math.prod(shape[first - 1 :]) <= _BLOCK:
+        first -= 1
+    first = max(first, min(kept + 1, len(shape)))
     parts = tuple(values)
-    for axes in (range(first, len(shape)), range(kept + 1, first)):
-        parts = lax.reduce(parts, zeros, add, axes)
-    dtype = values[0].dtype
+    for summed in (range(first, len(shape)), range(kept + 1, first)):
+        parts = lax.reduce(parts, zeros, add, summed)
     together = jnp.stack([part.astype(dtype) for part in parts], axis=-1)
     if len(shape) > kept:
         together = jnp.sum(together, axis=kept)
@@ -83,28 +104,32 @@ def largest_of(magnitude: jax.Array, axes: Sequence[int], keepdims: bool = False
     return jnp.where(unknown, jnp.nan, largest)
 
 
-def merged(groups: jax.Array, kept: int) -> jax.Array:
-    """Groups in the layout of `groups_last` as the rows of a matrix, zeros of the blocks included.
+def merged(groups: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """`arranged` groups as the rows of a matrix, zeros of their blocks included.
 
     It may gather a sharded array.
     """
-    return groups.reshape(math.prod(groups.shape[:kept]), math.prod(groups.shape[kept:]))
+    last = jnp.moveaxis(groups, axes, range(groups.ndim - len(axes), groups.ndim))
+    kept = groups.ndim - len(axes)
+    return last.reshape(math.prod(last.shape[:kept]), math.prod(last.shape[kept:]))
 
 
-def unit_groups(x: jax.Array, format: Format, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Groups of x divided by their largest magnitudes, and these.
+def unit_groups(
+    x: jax.Array, format: Format, axes: tuple[int, ...]
+) -> tuple[jax.Array, tuple[int, ...], jax.Array]:
+    """Groups of x divided by their largest magnitudes.
 
     Squares of such numbers neither overflow nor vanish. What an unsigned format cannot hold is 0.
 
     Returns:
-      The groups, in the layout of `groups_last`, and one magnitude for each.
+      The `arranged` groups, their axes, and one magnitude for each group.
     """
-    groups = groups_last(x, axes).astype(accumulation_dtype(x))
+    groups, axes = arranged(x, axes)
+    groups = groups.astype(accumulation_dtype(x))
     magnitude = format.magnitude(groups)
-    trailing = range(x.ndim - len(axes), groups.ndim)
-    largest = largest_of(magnitude, trailing)
-    divisor = jnp.expand_dims(jnp.where(_is_zero(largest), 1, largest), trailing)
-    return jnp.sign(groups) * magnitude / divisor, largest
+    largest = largest_of(magnitude, axes)
+    divisor = jnp.expand_dims(jnp.where(_is_zero(largest), 1, largest), axes)
+    return jnp.sign(groups) * magnitude / divisor, axes, largest
 
 
 def rescaled(unit: jax.Array, largest: jax.Array) -> jax.Array:

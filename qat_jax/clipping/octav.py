@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qat_jax.clipping.groups import groups_last, keepdims_shape, sums
+from qat_jax.clipping.groups import arranged, keepdims_shape, sums
 from qat_jax.clipping.protocol import accumulation_dtype, uniform
 from qat_jax.formats import Format, Int
 from qat_jax.granularity import normalize_axes
@@ -27,10 +27,8 @@ class Octav:
     J at 2 bits, since the recursion drops the derivative of the indicators; from 4 bits up there
     is no difference to speak of.
 
-    Every iteration reads the data once. In large groups that is the whole cost; groups of 16 to 64
-    elements, such as vectors, cost a CPU several times as much a read (some 40 plain passes over an
-    activation in all, 400 over a weight), because the pairs of sum and count are reduced one
-    vector at a time.
+    Every iteration reads the data once. Groups of up to 256 elements, such as vectors, are searched
+    side by side, one a lane of the processor.
 
     Attributes:
       iterations: Newton steps after the mean; a static count. On Gaussian and Laplace data the
@@ -56,13 +54,13 @@ class Octav:
         # The paper's constants are those of the plain grid, whatever grid is used.
         model = format if self.noise == "grid" else dataclasses.replace(format, narrow=False)
         c = 1 / (12 * jnp.square(model.grid(x).steps))
-        groups = groups_last(x, axes)
+        groups, group_axes = arranged(x, axes)
         dtype = accumulation_dtype(x)
         c = jnp.asarray(c, dtype)
 
         def newton(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             s, nonzero = carry
-            total, above = _tail(groups, s, format)
+            total, above = _tail(groups, group_axes, s, format)
             # All elements but the zeros lie above the first s, which is 0. That step has no
             # rounding noise to weigh and so lands on the mean: the start needs no code of its own.
             nonzero = jnp.maximum(nonzero, above)
@@ -73,7 +71,7 @@ class Octav:
 
         # Zeros like a sum over x, which is never computed: inside shard_map a loop's state has to
         # vary over the mesh from the start, as x does.
-        start = jnp.zeros_like(jnp.sum(groups, range(x.ndim - len(axes), groups.ndim)), dtype)
+        start = jnp.zeros_like(jnp.sum(groups, group_axes), dtype)
         # A loop, not an unrolled chain: on the CPU it keeps XLA from recomputing x in every pass.
         s, _ = lax.fori_loop(0, self.iterations + 1, newton, (start, start))
         return s.reshape(keepdims_shape(x, axes))
@@ -109,13 +107,15 @@ def octav(
     return Octav(iterations, noise).threshold(x, format, axes)
 
 
-def _tail(groups: jax.Array, s: jax.Array, format: Int) -> tuple[jax.Array, jax.Array]:
+def _tail(
+    groups: jax.Array, axes: tuple[int, ...], s: jax.Array, format: Int
+) -> tuple[jax.Array, jax.Array]:
     """Sum and count of the magnitudes above s in each group, from one pass.
 
     Counted with int32: XLA's CPU backend vectorises the pair only then.
     """
     magnitude = format.magnitude(groups).astype(s.dtype)
-    inside = magnitude <= jnp.expand_dims(s, range(s.ndim, groups.ndim))  # NaN is not
+    inside = magnitude <= jnp.expand_dims(s, axes)  # NaN is not
     above = jnp.where(inside, np.zeros((), s.dtype), magnitude)
-    total, count = sums((above, jnp.where(inside, 0, 1).astype(jnp.int32)), s.ndim)
+    total, count = sums((above, jnp.where(inside, 0, 1).astype(jnp.int32)), axes)
     return total, count

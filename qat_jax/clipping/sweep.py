@@ -32,7 +32,7 @@ class MseSweep:
         """The threshold of least squared error for each group of x."""
         x = lax.stop_gradient(x)
         grid = format.grid(x)
-        groups, largest = unit_groups(x, format, axes)
+        groups, group_axes, largest = unit_groups(x, format, axes)
 
         def try_point(
             i: jax.Array, best: tuple[jax.Array, jax.Array]
@@ -41,7 +41,7 @@ class MseSweep:
             point = i.astype(largest.dtype) / self.points
             step = point * (1 / grid.steps)
             rest = groups - grid.round(groups / step) * step
-            (at_point,) = sums([jnp.square(rest)], largest.ndim)
+            (at_point,) = sums([jnp.square(rest)], group_axes)
             better = at_point < error
             return jnp.where(better, at_point, error), jnp.where(better, point, threshold)
 
