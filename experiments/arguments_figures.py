@@ -97,6 +97,8 @@ def gradients(path: Path, rows: Sequence[Flow]) -> None:
         title="Gradient of each layer's input",
     )
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for formatted in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        formatted(ScalarFormatter())
     left.legend(frameon=False)
     weights = [row for row in rows if is_weight(row.operand)]
     places = np.arange(1, len(weights) + 1)
