@@ -99,7 +99,8 @@ def gradients(path: Path, rows: Sequence[Flow]) -> None:
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     for formatted in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
         formatted(ScalarFormatter())
-    left.legend(frameon=False)
+    left.margins(y=0.25)  # for the legend
+    left.legend(frameon=False, ncols=2, loc="upper center", fontsize="small")
     weights = [row for row in rows if is_weight(row.operand)]
     places = np.arange(1, len(weights) + 1)
     for rule in RULES:
@@ -204,7 +205,8 @@ def _draw_errors(axes: Axes, rows: Sequence[RangesRow]) -> None:
         title=f"Kernels of {bits} bits, one scale a …",
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize="small")
+    axes.margins(y=0.2)  # for the legend
+    axes.legend(frameon=False, ncols=2, loc="upper center", fontsize="small")
 
 
 def _panels(count: int, size: tuple[float, float] = _SIZE) -> tuple[Figure, list[Axes]]:

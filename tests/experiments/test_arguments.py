@@ -28,13 +28,13 @@ class Line:
 
 @pytest.fixture(scope="module")
 def chain():
-    """Six linear layers, all operands quantised to 2 bits by OCTAV, and a batch for them."""
+    """Six linear layers, all operands quantised to 2 bits by OCTAV, and what their gradients do."""
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(*(nnx.Linear(64, 64, rngs=rngs) for _ in range(6)))
     quantizer = qj.Quantizer(qj.Int(2, narrow=True))
     model = qj.quantize_model(model, qj.Policy([qj.Rule(".*", quantizer, quantizer)]))
     x, g = jax.random.normal(jax.random.key(1), (2, 512, 64))
-    return model, {"x": x, "g": g}
+    return model, {row.operand: row for row in flows(model, Line(), {"x": x, "g": g})}
 
 
 def main(workdir, weights, notation):
@@ -71,7 +71,7 @@ def test_what_has_no_notation_is_refused(tmp_path, weights, capsys):
 
 
 def test_gradients_through_a_chain_grow_as_proposition_4_1_says(chain):
-    rows = {row.operand: row for row in flows(chain[0], Line(), chain[1])}
+    _, rows = chain
     inputs = [rows[f"layers/{n}/activations"] for n in range(6)]
     assert all(0.01 < row.clipped < 0.4 for row in inputs)
     measured = [row.ste / row.pwl for row in inputs]
@@ -82,10 +82,10 @@ def test_gradients_through_a_chain_grow_as_proposition_4_1_says(chain):
 
 
 def test_clipped_weights_get_no_gradient_from_pwl_alone(chain):
-    model, batch = chain
+    model, rows = chain
     kernel = np.abs(np.asarray(model.layers[2].kernel.get_value()))
     threshold = float(qj.octav(kernel, qj.Int(2, narrow=True)).squeeze())
-    row = next(row for row in flows(model, Line(), batch) if row.operand == "layers/2/weights")
+    row = rows["layers/2/weights"]
     assert row.pwl_zeros == pytest.approx((kernel > threshold).mean(), abs=1e-6)
     assert row.ste_zeros == row.mad_zeros == 0
     assert row.predicted == 1
