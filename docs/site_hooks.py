@@ -25,8 +25,7 @@ _FETCHED = re.compile(r"<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=\"?(?:h
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Fill in the tutorials, whatever notebooks there are."""
-    notebooks = sorted((ROOT / "docs" / TUTORIALS).glob("*.ipynb"))
-    names = [f"{TUTORIALS}/index.md", *(f"{TUTORIALS}/{path.stem}.md" for path in notebooks)]
+    names = [f"{TUTORIALS}/index.md", *(f"{TUTORIALS}/{path.stem}.md" for path in notebooks())]
     for section in config.nav or []:
         if isinstance(section, dict) and section.get("Tutorials") == TUTORIALS:
             section["Tutorials"] = names
@@ -42,7 +41,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 files.append(File.generated(config, name, content=path.read_text()))
             else:
                 files.append(File.generated(config, name, abs_src_path=str(path)))
-    for path in sorted((ROOT / "docs" / TUTORIALS).glob("*.ipynb")):
+    for path in notebooks():
         name = f"{TUTORIALS}/{path.stem}.md"
         files.append(
             File.generated(config, name, content=notebook_page(json.loads(path.read_text())))
@@ -62,7 +61,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if not path or ":" in path or path.startswith("/"):
             return match[0]
         inside = _normal(folder / path)
-        there = inside.removeprefix("docs/")
+        there = re.sub(r"\.ipynb$", ".md", inside.removeprefix("docs/"))
         if files.get_file_from_path(there) is not None:
             return f"{text}({_relative(there, source)}{hash_}{anchor})"
         if (ROOT / inside).exists():  # the site has no code
@@ -77,6 +76,18 @@ def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
     if (found := _FETCHED.search(output)) is not None:
         raise PluginError(f"{page.file.src_uri} would fetch {found[0]}: a page has to work offline")
     return output
+
+
+def notebooks() -> list[Path]:
+    """The tutorials, in the order in which their index names them."""
+    folder = ROOT / "docs" / TUTORIALS
+    index = (folder / "index.md").read_text()
+
+    def place(path: Path) -> tuple[bool, int, str]:
+        found = index.find(path.name)
+        return found < 0, found, path.name
+
+    return sorted(folder.glob("*.ipynb"), key=place)
 
 
 def notebook_page(notebook: dict[str, Any]) -> str:
