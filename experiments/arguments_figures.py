@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from numpy.typing import ArrayLike
 
 from experiments import figures
 from experiments.gradient_flow import RULES, Flow
@@ -50,7 +51,7 @@ def errors(path: Path, curves: Mapping[str, Sequence[Curve]]) -> None:
 
 def _draw_curve(axes: Axes, curve: figures.ErrorCurve, row: Outliers, *, labelled: bool) -> None:
     axes.plot(curve.thresholds, curve.errors, color=figures.GREEN)
-    marks = [
+    marks: list[tuple[str, str, str, int, ArrayLike, ArrayLike]] = [
         ("maximum", "s", figures.ORANGE, 7, [curve.maximum], [curve.maximum_error]),
         ("Newton iterates", "o", figures.SKY, 4, curve.iterates, curve.iterate_errors),
         ("OCTAV", "*", figures.BLUE, 13, curve.iterates[-1:], curve.iterate_errors[-1:]),

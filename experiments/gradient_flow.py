@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -162,21 +163,21 @@ def gradients(
     """
     probed = with_replaced_quantizers(model, lambda path, own: Probe(own, rule, arrays[path].shape))
     probed.train()
-    graphdef, offsets, rest = nnx.split(probed, Offset, ...)
+    graphdef, offsets, *others = nnx.split(probed, Offset, ...)
 
     @jax.jit
     @jax.grad
-    def gradient(offsets: nnx.State, rest: nnx.State, batch: Batch) -> jax.Array:
+    def gradient(offsets: nnx.State, others: list[nnx.State], batch: Batch) -> jax.Array:
         # A copy: batch norms note their statistics, and those of the arguments are not to change.
-        model = nnx.merge(graphdef, offsets, rest, copy=True)
+        model = nnx.merge(graphdef, offsets, *others, copy=True)
         outputs = model(*objective.inputs(batch))
         return jnp.mean(objective.losses(outputs, batch))
 
-    found = nnx.to_flat_state(gradient(offsets, rest, batch))
+    found = nnx.to_flat_state(gradient(offsets, others, batch))
     return {_operand(path): variable.get_value() for path, variable in found}
 
 
-def _operand(path: Sequence[str | int]) -> str:
+def _operand(path: Sequence[Any]) -> str:
     """An operand's path from that of its offset: LAYER/HOOK/OPERAND/offset."""
     *layer, _, operand, _ = map(str, path)
     return "/".join([*layer, operand])

@@ -1,7 +1,7 @@
 """How much smaller the range of a vector is than that of its channel, and what that is worth."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ class RangeProbe(nnx.Module):
         self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
     ) -> jax.Array:
         """Returns x."""
-        axes = {"channel_axis": channel_axis, "vector_axis": vector_axis}
+        axes: dict[str, Any] = {"channel_axis": channel_axis, "vector_axis": vector_axis}
         square = jnp.mean(jnp.square(x))
 
         def scaled(granularity: Granularity) -> qj.Quantizer:
