@@ -9,7 +9,7 @@ CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),constraints/python3.11.txt,constra
 STAMP       := $(VENV)/.installed-$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format bench clean
+.PHONY: help install quickstart test lint format docs bench clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,8 +38,13 @@ format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP)  ## build the documentation site, build/site, strictly
+	@$(BIN)/python -c 'import mkdocstrings_handlers.python' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench: $(STAMP)  ## time the quantised training step against the float32 step
 	$(BIN)/python -m benchmarks.train_step
 
-clean:  ## remove the virtual environment and run folders
-	rm -rf $(VENV) runs
+clean:  ## remove the virtual environment, builds and run folders
+	rm -rf $(VENV) build runs

@@ -104,6 +104,9 @@ were at hand; the counterparts are smaller networks on fewer images.
   `ptq_minilm_bert_dynamic.csv`. The published column beside it is BERT-base, trained quantised.
 - OCTAV, appendix G. The activation of that MiniLM with the heaviest outliers, its error against the
   threshold: `outliers_minilm.*`.
+- OCTAV, section 3 and propositions 4.1 and 4.2; VS-Quant, section 3. Errors against the threshold,
+  gradients through clipping and ranges inside channels, on the tensors of the pretrained ResNet-20:
+  `arguments_resnet20*` ([`docs/arguments.md`](../docs/arguments.md)).
 - VS-Quant, tables 3 and 6. The same MiniLM without retraining, vectors of 16 and the bits of their
   scales: `ptq_minilm_bert_vectors.csv`, `ptq_minilm_bert_scales.csv`.
 - Scale products rounded to 3 to 8 bits, which VS-Quant does not report, and networks in integers

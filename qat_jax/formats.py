@@ -80,14 +80,12 @@ class Int:
 
     With B bits, the codes and L, the steps between 0 and the threshold, are
 
-    ======================  ========================  ============
-    grid                    codes                     L
-    ======================  ========================  ============
-    signed                  -2**(B-1) … 2**(B-1) - 1  2**(B-1)
-    signed, narrow          ±(2**(B-1) - 1)           2**(B-1) - 1
-    unsigned                0 … 2**B - 1              2**B
-    unsigned, narrow        0 … 2**B - 1              2**B - 1
-    ======================  ========================  ============
+    | grid | codes | L |
+    | --- | --- | --- |
+    | signed | `-2**(B-1) … 2**(B-1) - 1` | `2**(B-1)` |
+    | signed, narrow | `±(2**(B-1) - 1)` | `2**(B-1) - 1` |
+    | unsigned | `0 … 2**B - 1` | `2**B` |
+    | unsigned, narrow | `0 … 2**B - 1` | `2**B - 1` |
 
     The plain grids are those of OCTAV (arXiv:2206.06501, section 2): the threshold itself is one
     step beyond the highest code. On the narrow ones, those of VS-Quant (arXiv:2102.04503,
@@ -215,15 +213,13 @@ class FloatGrid(NamedTuple):
 class Float:
     """Small floating-point numbers of the OCP formats: a sign, an exponent, a mantissa.
 
-    ============  =====  ===============================  ==========================
-    format        name   largest, smallest normal, least  specials
-    ============  =====  ===============================  ==========================
-    Float(2, 1)   E2M1   6, 1, 0.5                        none
-    Float(2, 3)   E2M3   7.5, 1, 0.125                    none
-    Float(3, 2)   E3M2   28, 0.25, 0.0625                 none
-    Float(4, 3)   E4M3   448, 2**-6, 2**-9                NaN, no infinity
-    Float(5, 2)   E5M2   57344, 2**-14, 2**-16            NaN, infinity
-    ============  =====  ===============================  ==========================
+    | format | name | largest, smallest normal, least | specials |
+    | --- | --- | --- | --- |
+    | Float(2, 1) | E2M1 | 6, 1, 0.5 | none |
+    | Float(2, 3) | E2M3 | 7.5, 1, 0.125 | none |
+    | Float(3, 2) | E3M2 | 28, 0.25, 0.0625 | none |
+    | Float(4, 3) | E4M3 | `448, 2**-6, 2**-9` | NaN, no infinity |
+    | Float(5, 2) | E5M2 | `57344, 2**-14, 2**-16` | NaN, infinity |
 
     Numbers beyond the largest saturate. Source: OCP Microscaling Formats (MX) Specification 1.0,
     section 5.3, and OCP 8-bit Floating Point Specification 1.0.
