@@ -9,7 +9,7 @@ CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),constraints/python3.11.txt,constra
 STAMP       := $(VENV)/.installed-$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format bench clean
+.PHONY: help install quickstart test lint format wheel-check bench clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ lint: $(STAMP)  ## check style and types
 format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+wheel-check: $(STAMP)  ## build the wheel and try it in an environment of its own
+	$(BIN)/python .ci/check_wheel.py $(CONSTRAINTS)
 
 bench: $(STAMP)  ## time the quantised training step against the float32 step
 	$(BIN)/python -m benchmarks.train_step
