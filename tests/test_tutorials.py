@@ -29,7 +29,9 @@ def test_a_tutorial_runs(path, tmp_path, monkeypatch, sockets):
     kernel = AsyncKernelManager(transport="ipc", ip=f"{sockets}/s")
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(FOLDER)}}
-    NotebookClient(notebook, timeout=300, km=kernel, resources=resources).execute()
+    NotebookClient(
+        notebook, timeout=600, startup_timeout=300, km=kernel, resources=resources
+    ).execute()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert any("assert" in cell.source for cell in code)
