@@ -9,7 +9,7 @@ CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),constraints/python3.11.txt,constra
 STAMP       := $(VENV)/.installed-$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format docs bench clean
+.PHONY: help install quickstart test lint format docs wheel-check bench clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ docs: $(STAMP)  ## build the documentation site, build/site, strictly
 	@$(BIN)/python -c 'import mkdocstrings_handlers.python' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+wheel-check: $(STAMP)  ## build the wheel and try it in an environment of its own
+	$(BIN)/python .ci/check_wheel.py $(CONSTRAINTS)
 
 bench: $(STAMP)  ## time the quantised training step against the float32 step
 	$(BIN)/python -m benchmarks.train_step

@@ -15,6 +15,7 @@ from experiments.questions import QuestionAnswering
 from experiments.tasks import Task
 from qat_jax.array_file import read_names
 from qat_jax.clipping import Clipping
+from qat_jax.expressions import from_text
 from qat_jax.models import (
     BertForQuestionAnswering,
     BertSize,
@@ -125,7 +126,7 @@ def _loaded_part(model: nnx.Module, path: Path) -> nnx.Module:
 
 
 def clipping(name: str) -> Clipping:
-    """A rule by its name in configs: max, octav, exact, mse, entropy, p99.99.
+    """A rule by its name in configs: max, octav, exact, mse, entropy, p99.99, my_rules.Cubic(2).
 
     Raises:
         ValueError: there is no such rule.
@@ -135,7 +136,12 @@ def clipping(name: str) -> Clipping:
     percent = name.removeprefix("p")
     if name.startswith("p") and percent.replace(".", "", 1).isdigit():
         return qj.Percentile(float(percent))
-    raise ValueError(f"no clipping {name!r}: give one of {', '.join(CLIPPINGS)} or p99.99")
+    if "." in name or "(" in name:
+        return from_text(name)
+    raise ValueError(
+        f"no clipping {name!r}: give one of {', '.join(CLIPPINGS)}, p99.99, or your own with its "
+        "module, as in my_rules.Cubic(2)"
+    )
 
 
 def require_notation(config: ConfigDict) -> None:
@@ -165,7 +171,7 @@ def ptq_policy(config: ConfigDict) -> qj.Policy | None:
         "weight_clipping": clipping(config.clipping.weights),
         "activation_clipping": clipping(config.clipping.activations),
         "scale": qj.IntScale(4, **(scale | {"clipping": clipping(scale["clipping"])})),
-        "gradient": quant.get("gradient", "ste"),
+        "gradient": from_text(quant.get("gradient", "ste")),
     }
     overrides = []
     for override in quant.overrides:
@@ -201,7 +207,7 @@ def quantised_model(config: ConfigDict) -> nnx.Module:
             first=first,
             last=last,
             weight_clipping=clipping(quant.clipping),
-            gradient=quant.gradient,
+            gradient=from_text(quant.gradient),
         )
         return qj.quantize_model(model, policy)
     if quant.weight_bits == quant.activation_bits == FLOAT_BITS:
@@ -210,7 +216,7 @@ def quantised_model(config: ConfigDict) -> nnx.Module:
         quant.weight_bits,
         quant.activation_bits,
         clipping=clipping(quant.clipping),
-        gradient=quant.gradient,
+        gradient=from_text(quant.gradient),
         narrow=quant.narrow,
         first=first,
         last=last,

@@ -265,12 +265,18 @@ def suggest(
 def measured(
     bench: Bench, config: ConfigDict, switched: nnx.Module, choices: Sequence[Mapping[str, int]]
 ) -> Iterator[float]:
-    """Losses on training examples, so that test examples stay unseen."""
+    """Losses on training examples, so that test examples stay unseen.
+
+    Where the config re-estimates batch norms they take the statistics of these examples: those that
+    suit one choice of quantisers ruin another.
+    """
     task = bench.task
     batch = tasks.calibration_batch(
         task, task.calibration_source(), batch_size=config.inspect.examples, seed=config.seed
     )
     switched.eval()
+    if config.calibration.batch_norm_batches:
+        switched.set_attributes(nnx.BatchNorm, use_running_average=False, raise_if_not_found=False)
 
     def loss(model: nnx.Module, batch: Mapping[str, jax.Array]) -> jax.Array:
         return jnp.mean(task.objective.losses(model(*task.objective.inputs(batch)), batch))

@@ -7,6 +7,7 @@ their names stay what they are.
 
 import dataclasses
 import functools
+import html
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ from qat_jax.report import LayerReport, Report
 COLLECTION = "diagnostics"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class QuantizedModel:
     """A Linen model that runs under a policy. Made by `quantize_model`.
 
@@ -40,6 +41,16 @@ class QuantizedModel:
     module: nn.Module
     placed: Mapping[str, Rule]
     report: Report
+
+    def __repr__(self) -> str:
+        return f"{self._name}\n{self.report}"
+
+    def _repr_html_(self) -> str:
+        return f"{html.escape(self._name)}{self.report._repr_html_()}"
+
+    @property
+    def _name(self) -> str:
+        return f"{type(self).__name__} of {type(self.module).__name__}"
 
     def init(self, *args: Any, **kwargs: Any) -> Any:
         """``nn.Module.init``: quantisation adds no variables."""

@@ -18,6 +18,7 @@ from jax import lax
 
 from qat_jax import ops
 from qat_jax.diagnostics import Diagnostics, fake_quant_with_diagnostics
+from qat_jax.display import DescribedOperands, DescribedQuantizer
 from qat_jax.granularity import ChannelAxis, VectorAxis
 from qat_jax.padding import QUERIES, TOKENS, without_padding
 from qat_jax.policy import Policy, Rule, preset_for_layers
@@ -55,7 +56,7 @@ class Threshold(nnx.Variable):
     """Thresholds that were frozen into the model: part of its state, and no parameter."""
 
 
-class OperandQuantizer(nnx.Module):
+class OperandQuantizer(DescribedQuantizer, nnx.Module):
     """Quantises one operand of one layer.
 
     Attributes:
@@ -68,6 +69,9 @@ class OperandQuantizer(nnx.Module):
         self.quantizer = quantizer
         self.token_axes = token_axes
         self.threshold: Threshold | None = nnx.data(None)
+
+    def _words(self) -> str:
+        return super()._words() + (" frozen" if self.threshold is not None else "")
 
     def __call__(
         self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
@@ -108,7 +112,7 @@ class OperandQuantizer(nnx.Module):
         )
 
 
-class QuantizedOp(nnx.Module):
+class QuantizedOp(DescribedOperands, nnx.Module):
     """Takes the place of a ``jax.lax`` operation inside a layer; the kernel is on the right.
 
     Attributes:
@@ -127,7 +131,7 @@ class QuantizedOp(nnx.Module):
         return self.op(*args, lhs=self.activations, rhs=self.weights, **kwargs)
 
 
-class QuantizedPromotion(nnx.Module):
+class QuantizedPromotion(DescribedOperands, nnx.Module):
     """Takes the place of a layer's ``promote_dtype`` and quantises input and kernel there.
 
     Attributes:

@@ -7,6 +7,7 @@ from typing import Any
 
 from qat_jax.clipping import AbsMax, Clipping, Octav
 from qat_jax.formats import Float, Format, Int
+from qat_jax.gradients import GradientRule
 from qat_jax.granularity import Granularity, PerChannel, PerTensor, PerVector
 from qat_jax.notation import Notation
 from qat_jax.quantizer import Quantizer
@@ -45,7 +46,7 @@ class Rule:
         weight_clipping: Clipping | None = None,
         activation_clipping: Clipping | None = None,
         scale: IntScale | None = None,
-        gradient: str = "ste",
+        gradient: str | GradientRule = "ste",
     ) -> "Rule":
         """The quantisers that VS-Quant's notation names (arXiv:2102.04503, section 5).
 
@@ -60,7 +61,7 @@ class Rule:
           activation_clipping: of activations, likewise.
           scale: the other choices of the integer scales, its bits and coarse groups aside; the
             paper's if None.
-          gradient: of both; "mph" is MAD for weights and PWL for activations.
+          gradient: of both, a name or a rule; "mph" is MAD for weights and PWL for activations.
 
         Returns:
           The rule.
@@ -75,7 +76,7 @@ class Rule:
             stored: int | str | None,
             otherwise: Granularity,
             clipping: Clipping | None,
-            gradient: str,
+            gradient: str | GradientRule,
         ) -> Quantizer:
             clipping = AbsMax() if clipping is None else clipping
             if stored is None:
@@ -190,7 +191,7 @@ def uniform_policy(
     activation_bits: int,
     *,
     clipping: Clipping | None = None,
-    gradient: str = "mph",
+    gradient: str | GradientRule = "mph",
     narrow: bool = True,
     first: str | None = None,
     last: str | None = None,
@@ -208,8 +209,8 @@ def uniform_policy(
       weight_bits: of the weights between the two ends.
       activation_bits: of the activations between the two ends.
       clipping: how thresholds are found, OCTAV by default.
-      gradient: "ste", "pwl" or "mad" for weights and activations alike, or "mph", the paper's
-        choice: MAD for weights, PWL for activations.
+      gradient: "ste", "pwl", "mad" or a rule for weights and activations alike, or "mph", the
+        paper's choice: MAD for weights, PWL for activations.
       narrow: whether the threshold is itself a code (see `Int`). The paper's grids are not
         narrow; below 8 bits the missing code at +s costs more than the noise model knows of
         (docs/decisions.md).
@@ -304,7 +305,7 @@ def preset(name: str, *, first: str | None = None, last: str | None = None) -> P
     )
 
 
-def _gradients(gradient: str) -> tuple[str, str]:
+def _gradients(gradient: str | GradientRule) -> tuple[str | GradientRule, str | GradientRule]:
     """Of weights and of activations."""
     return ("mad", "pwl") if gradient == "mph" else (gradient, gradient)
 

@@ -1,13 +1,12 @@
 """Policies as text: YAML that people read, write and compare."""
 
-import ast
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qat_jax.description import TYPES
+from qat_jax.expressions import from_text, to_text
 from qat_jax.policy import Policy, Rule
 from qat_jax.quantizer import Quantizer
 
@@ -22,13 +21,14 @@ def policy_to_yaml(policy: Policy) -> str:
     """A policy as YAML.
 
     Args:
-      policy: any whose quantisers are made of this library's choices.
+      policy: any whose quantisers are made of this library's choices, or of a user's own that a
+        module has.
 
     Returns:
       A list of rules, each quantiser with its five choices; equal policies have equal texts.
 
     Raises:
-      ValueError: a rule of clipping, a gradient or the like is the user's own.
+      ValueError: a rule of clipping, a gradient or the like is of no module.
 
     Example:
       >>> from qat_jax import Int, PerChannel
@@ -50,7 +50,7 @@ def policy_to_yaml(policy: Policy) -> str:
         for side in _SIDES:
             quantizer = getattr(rule, side)
             written[side] = quantizer and {
-                name: _expression(getattr(quantizer, name)) for name in _CHOICES
+                name: to_text(getattr(quantizer, name)) for name in _CHOICES
             }
         rules.append(written)
     return _HEAD + yaml.safe_dump(rules, sort_keys=False, width=100)
@@ -62,7 +62,8 @@ def policy_from_yaml(text: str, source: str = "policy") -> Policy:
     A rule has a ``pattern`` and either ``weights`` and ``activations``, with the choices of a
     `Quantizer` as one would write them in Python, or a ``notation`` such as 4/4U/4/6 with the
     options of `Rule.from_notation`: ``vector_size``, ``weight_clipping``, ``activation_clipping``,
-    ``gradient``.
+    ``gradient``. Choices of your own have the name of their module, which is imported:
+    ``clipping: my_rules.Cubic(2)``, ``gradient: my_rules.soft``.
 
     Args:
       text: YAML.
@@ -131,7 +132,7 @@ def _rule(written: Any) -> Rule:
         _check_keys(keys, _OF_NOTATION)
         options = {key: written[key] for key in keys - {"notation"}}
         for name in keys.intersection(_CLIPPINGS):
-            options[name] = _value(options[name])
+            options[name] = from_text(options[name])
         return Rule.from_notation(written["pattern"], str(written["notation"]), **options)
     _check_keys(keys, _SIDES)
     if not keys:
@@ -146,58 +147,9 @@ def _quantizer(written: Any) -> Quantizer | None:
     if not isinstance(written, dict) or "format" not in written:
         raise ValueError(f"{written!r} is no quantiser: give at least its format, such as Int(4)")
     _check_keys(set(written), _CHOICES)
-    return Quantizer(**{name: _value(value) for name, value in written.items()})
+    return Quantizer(**{name: from_text(value) for name, value in written.items()})
 
 
 def _check_keys(keys: set[str], known: tuple[str, ...]) -> None:
     if unknown := keys - set(known):
         raise ValueError(f"no {min(map(str, unknown))!r} here: there are {', '.join(known)}")
-
-
-def _expression(value: Any) -> str:
-    """A choice as Python would construct it, defaults left out; a name as it is."""
-    if isinstance(value, str):
-        return value
-    if not dataclasses.is_dataclass(value) or TYPES.get(type(value).__name__) is not type(value):
-        raise ValueError(f"{value!r} is not of this library, and a file has no name for it")
-    arguments = []
-    for field in dataclasses.fields(value):
-        given = getattr(value, field.name)
-        if field.default is dataclasses.MISSING:
-            arguments.append(_argument(given))
-        elif given != field.default:
-            arguments.append(f"{field.name}={_argument(given)}")
-    return f"{type(value).__name__}({', '.join(arguments)})"
-
-
-def _argument(value: Any) -> str:
-    return _expression(value) if dataclasses.is_dataclass(value) else repr(value)
-
-
-def _value(text: Any) -> Any:
-    """What an expression constructs; of a name the name."""
-    if not isinstance(text, str):
-        return text
-    try:
-        return _constructed(ast.parse(text, mode="eval").body)
-    except SyntaxError as error:
-        raise ValueError(f"cannot read {text!r}: write it as in Python, such as Int(4)") from error
-
-
-def _constructed(node: ast.expr) -> Any:
-    if isinstance(node, ast.Name):  # of a class, or "ste"
-        return _call(node.id, [], {}) if node.id in TYPES else node.id
-    if not isinstance(node, ast.Call):
-        return ast.literal_eval(node)
-    arguments = [_constructed(argument) for argument in node.args]
-    named = {str(keyword.arg): _constructed(keyword.value) for keyword in node.keywords}
-    return _call(ast.unparse(node.func), arguments, named)
-
-
-def _call(name: str, arguments: list[Any], named: dict[str, Any]) -> Any:
-    if name not in TYPES:
-        raise ValueError(f"no {name!r}: there are {', '.join(TYPES)}")
-    try:
-        return TYPES[name](*arguments, **named)
-    except TypeError as error:
-        raise ValueError(f"not a {name}: {error}") from error

@@ -14,6 +14,14 @@ from qat_jax.gradients import GradientRule, gradient_rule, with_gradient
 from qat_jax.granularity import ChannelAxis, Granularity, Groups, PerShard, PerTensor, VectorAxis
 from qat_jax.scales import FloatScale, Scale, StoredScale, reciprocal
 
+# By what a choice is known, and an example of one.
+_ASKED = {
+    "format": ("grid", "Int(4)"),
+    "granularity": ("groups", "PerTensor()"),
+    "clipping": ("threshold", "Octav()"),
+    "scale": ("store", "FloatScale()"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
@@ -29,6 +37,9 @@ class Quantizer:
       gradient: what the backward pass believes: "ste", "pwl", "mad" or a rule of ``gradients``.
       scale: how the scales are stored.
 
+    Raises:
+      ValueError: something is no choice of its kind, or cannot be hashed.
+
     Example:
       >>> w4 = Quantizer(Int(4), granularity=PerTensor(), clipping=Octav(), gradient="mad")
       >>> w4(jnp.array([0.0, 0.11, -0.52, 1.0])).shape
@@ -42,7 +53,17 @@ class Quantizer:
     scale: Scale = FloatScale()
 
     def __post_init__(self) -> None:
+        for name, (method, example) in _ASKED.items():
+            choice = getattr(self, name)
+            if isinstance(choice, type) or not hasattr(choice, method):
+                raise ValueError(f"{name} is {choice!r}: give one, such as {example}")
         gradient_rule(self.gradient)
+        try:
+            hash(self)
+        except TypeError as error:
+            raise ValueError(
+                f"{error}: put your class under @dataclasses.dataclass(frozen=True)"
+            ) from error
 
     def __call__(
         self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None

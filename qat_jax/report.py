@@ -1,6 +1,8 @@
 """What each layer of a quantised model got, as a table."""
 
 import dataclasses
+import html
+from collections.abc import Sequence
 
 from qat_jax.formats import Float, Format, Int
 from qat_jax.granularity import Granularity, PerShard, PerVector
@@ -25,22 +27,48 @@ class LayerReport:
     activations: Quantizer | None
 
 
-@dataclasses.dataclass(frozen=True)
+_FLOAT = "float"  # what has no quantiser
+_HEAD = ("layer", "type", "weights", "activations")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
-    """Every layer that could be quantised, in order of definition; prints as a table."""
+    """Every layer that could be quantised, in order of definition.
+
+    It is a table at a prompt, printed, and in a notebook.
+    """
 
     layers: tuple[LayerReport, ...]
 
-    def __str__(self) -> str:
-        rows = [("layer", "type", "weights", "activations")]
-        rows += [
-            (layer.path, layer.kind, describe(layer.weights), describe(layer.activations))
-            for layer in self.layers
-        ]
+    def __repr__(self) -> str:
+        rows = [_HEAD, *self._rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
                  for row in rows]  # fmt: skip
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        # Colours are the page's own, be it light or dark; what stays in float stands back.
+        lines = [_html_row("th", _HEAD), *(_html_row("td", row) for row in self._rows)]
+        return f"<table>\n{''.join(lines)}</table>"
+
+    @property
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        return [
+            (layer.path, layer.kind, describe(layer.weights), describe(layer.activations))
+            for layer in self.layers
+        ]
+
+
+def _html_row(tag: str, cells: Sequence[str]) -> str:
+    path, kind, *operands = cells
+    left = "text-align:left"
+    styles = [left, left, *(left + (";opacity:.55" if x == _FLOAT else "") for x in operands)]
+    written = [
+        f'<{tag} style="{style}">{html.escape(text)}</{tag}>'
+        for style, text in zip(styles, (path, kind, *operands), strict=True)
+    ]
+    return f"<tr>{''.join(written)}</tr>\n"
 
 
 def describe(quantizer: Quantizer | None) -> str:
@@ -51,7 +79,7 @@ def describe(quantizer: Quantizer | None) -> str:
       'auto4 PerTensor Octav mad'
     """
     if quantizer is None:
-        return "float"
+        return _FLOAT
     gradient = quantizer.gradient
     return " ".join(
         [

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.export
 from flax import nnx
-from jax.errors import InconclusiveDimensionOperation
 
+from qat_jax.export.any_batch import without_its_size
 from qat_jax.nnx import copy_model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -46,13 +46,11 @@ def to_stablehlo(
     def forward(*inputs: jax.Array) -> Any:
         return nnx.merge(graphdef, state)(*inputs)
 
-    try:
+    with without_its_size(
+        "thresholds of activations that are found in each batch need its size: "
+        "freeze them with calibrate, or give batch_size"
+    ):
         return jax.export.export(jax.jit(forward), platforms=PLATFORMS)(*shapes)
-    except InconclusiveDimensionOperation as error:
-        raise ValueError(
-            "thresholds of activations that are found in each batch need its size: "
-            "freeze them with calibrate, or give batch_size"
-        ) from error
 
 
 def save_stablehlo(

@@ -10,6 +10,7 @@ from flax import nnx
 from flax.nnx.nn.attention import dot_product_attention_weights
 
 from qat_jax import ops
+from qat_jax.display import DescribedOperands, DescribedQuantizer
 from qat_jax.granularity import ChannelAxis, VectorAxis
 from qat_jax.integer import ops as integer_ops
 from qat_jax.integer.operand import Operand
@@ -41,7 +42,7 @@ class Packed(nnx.Variable):
     """The bits of a kernel's codes or scales, or its coarse scales: state, and no parameter."""
 
 
-class PackedKernel(nnx.Module):
+class PackedKernel(DescribedQuantizer, nnx.Module):
     """A kernel that is stored packed.
 
     Attributes:
@@ -65,7 +66,7 @@ class PackedKernel(nnx.Module):
         return jax.tree.unflatten(self.layout, [variable.get_value() for variable in stored])
 
 
-class PackedOp(nnx.Module):
+class PackedOp(DescribedOperands, nnx.Module):
     """Takes the place of a `QuantizedOp`: the same operation of the same numbers.
 
     Attributes:
@@ -85,7 +86,7 @@ class PackedOp(nnx.Module):
         return self.op(*with_kernel(self.op, args, kernel), lhs=self.activations, **kwargs)
 
 
-class IntegerOp(nnx.Module):
+class IntegerOp(DescribedOperands, nnx.Module):
     """Takes the place of a `PackedOp` and computes in integers.
 
     Attributes:

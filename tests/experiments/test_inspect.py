@@ -6,7 +6,9 @@ import json
 import pytest
 
 import qat_jax as qj
+from configs.cifar10_resnet20_ptq import get_config
 from experiments import cli, inspect, ptq
+from qat_jax.sensitivity import with_switches
 from tests.experiments import resnet8
 
 
@@ -65,6 +67,24 @@ def test_operands_layers_and_a_policy(tmp_path, weights, capsys):
     assert cli.main(ptq.run, ptq.__doc__, own) == 0
     again = json.loads((tmp_path / "ptq" / "result.json").read_text())["metrics"]
     assert again["test_accuracy"] == metrics["suggested_accuracy"]
+
+
+@pytest.mark.parametrize(("batches", "same"), [(1, True), (0, False)])
+def test_batch_norms_suit_each_choice_where_they_are_reestimated(weights, batches, same):
+    config = get_config("4/4U")
+    config.dataset.update(name="digits", mean=(0.5,), std=(0.5,))
+    config.model.update(in_channels=1, depth=8, width=4, pretrained=str(weights))
+    config.inspect.examples = 32
+    config.calibration.batch_norm_batches = batches
+    bench = ptq.Bench.from_config(config)
+    model = bench.quantised(config)
+
+    def losses():
+        return list(inspect.measured(bench, config, with_switches(model), [{}]))
+
+    before = losses()
+    model.bn1.var.set_value(100 * model.bn1.var.get_value())  # as low bits may change it
+    assert (losses() == before) == same
 
 
 @pytest.mark.parametrize(

@@ -187,3 +187,11 @@ def test_a_file_holds_the_same_model(tmp_path):
     assert loaded.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2
     np.testing.assert_allclose(in_runtime(loaded, INPUTS), run(model, INPUTS), atol=2e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_a_model_that_counts_its_batch_needs_a_size():
+    model = nnx.Sequential(lambda x: x.reshape(len(x), -1), nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+    x = jnp.ones((3, 2, 2))
+    with pytest.raises(ValueError, match=r"write x\.shape\[0\], or give batch_size"):
+        to_onnx(model, x)
+    assert to_onnx(model, x, batch_size=3) is not None

@@ -1,7 +1,9 @@
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import qat_jax as qj
 from qat_jax.export import save_stablehlo, to_stablehlo
@@ -43,3 +45,11 @@ def test_thresholds_of_a_batch_need_its_size():
 def test_the_folder_has_to_be_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="make it first"):
         save_stablehlo(net(), tmp_path / "none" / "m", INPUTS)
+
+
+def test_a_model_that_counts_its_batch_needs_a_size():
+    model = nnx.Sequential(lambda x: x.reshape(len(x), -1), nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+    x = jnp.ones((3, 2, 2))
+    with pytest.raises(ValueError, match=r"write x\.shape\[0\], or give batch_size"):
+        to_stablehlo(model, x)
+    assert to_stablehlo(model, x, batch_size=3) is not None

@@ -8,8 +8,8 @@ import jax
 import jax.export
 import onnx
 from flax import nnx
-from jax.errors import InconclusiveDimensionOperation
 
+from qat_jax.export.any_batch import without_its_size
 from qat_jax.export.onnx.graph import Graph
 from qat_jax.export.onnx.primitives import translate
 from qat_jax.export.onnx.quantizers import traced_model
@@ -57,13 +57,11 @@ def to_onnx(model: nnx.Module, *inputs: Any, batch_size: int | None = None) -> o
         (batch,) = jax.export.symbolic_shape("batch")
     shapes = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs]
     trace = jax.make_jaxpr(lambda *inputs: nnx.merge(graphdef, state)(*inputs), return_shape=True)
-    try:
+    with without_its_size(
+        "thresholds of activations that are searched for in each batch have no place in ONNX: "
+        "freeze them with calibrate"
+    ):
         program, result = trace(*shapes)
-    except InconclusiveDimensionOperation as error:
-        raise ValueError(
-            "thresholds of activations that are searched for in each batch have no place in ONNX: "
-            "freeze them with calibrate"
-        ) from error
 
     graph = Graph()
     names = ["input"] if len(shapes) == 1 else [f"input_{n}" for n in range(len(shapes))]
