@@ -1,10 +1,12 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
-from benchmarks import bert_memory, train_step
+from benchmarks import bert_memory, thresholds, train_step
 from benchmarks.collectives import Traffic, traffic
+from qat_jax import PerTensor
 from qat_jax.models import BertSize
 
 
@@ -59,3 +61,30 @@ def test_recomputed_layers_of_bert_keep_their_inputs_alone():
     assert 4 * parts["residuals"] == pytest.approx(two["residuals"], rel=0.01)
     assert memory(1, False)["residuals"] > 5 * one["residuals"]
     assert one["state"] == pytest.approx(3 * one["gradients"], rel=1e-3)
+
+
+def test_thresholds_are_timed_and_judged(tmp_path, monkeypatch, capsys):
+    """The exact optimum, here within 1 % of it, is the yardstick."""
+    out = tmp_path / "thresholds"
+    few = {name: thresholds.CALIBRATORS[name] for name in ("max", "octav, 10 iterations", "exact")}
+    monkeypatch.setattr(thresholds, "CALIBRATORS", few)
+    monkeypatch.setattr(thresholds, "GRANULARITIES", {"tensor": PerTensor()})
+    monkeypatch.setattr(thresholds, "numbers", lambda n: {"kind": thresholds_of_tests(n)})
+    arguments = ["--elements=4096", "--rounds=2", f"--out={out}"]
+    monkeypatch.setattr(sys, "argv", ["thresholds", *arguments])
+    assert thresholds.main() == 0
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]["kind"]
+    errors = {row["calibrator"]: row["error_over_exact"] for row in rows}
+    assert errors["exact"] == 1
+    assert 0.99 < errors["octav, 10 iterations"] < 1.1 < errors["max"]
+    assert all(0 < row["passes_min"] <= row["passes"] <= row["passes_max"] for row in rows)
+    assert "4096 numbers" in capsys.readouterr().out
+
+    monkeypatch.setattr(sys, "argv", ["thresholds", "--elements=100"])
+    with pytest.raises(SystemExit):
+        thresholds.main()
+    assert "give a multiple of 256" in capsys.readouterr().err
+
+
+def thresholds_of_tests(elements):
+    return np.random.default_rng(0).standard_t(3, (elements // 256, 256)).astype(np.float32)
