@@ -94,14 +94,13 @@ def sums(values: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequence[jax.Arr
 
 
 def largest_of(magnitude: jax.Array, axes: Sequence[int], keepdims: bool = False) -> jax.Array:
-    """Maximum over ``axes``; 0 of nothing, NaN beside NaN.
+    """Maximum over ``axes``; 0 of nothing, infinity beside NaN.
 
-    XLA's CPU backend alone loses a NaN that a number follows.
+    A maximum of XLA's CPU backend loses a NaN that a number follows, so none reaches it; asking for
+    them apart would be a second pass over the data.
     """
-    axes = tuple(axes)
-    largest = jnp.max(magnitude, axis=axes, keepdims=keepdims, initial=0)
-    unknown = jnp.any(jnp.isnan(magnitude), axis=axes, keepdims=keepdims)
-    return jnp.where(unknown, jnp.nan, largest)
+    magnitude = jnp.where(jnp.isnan(magnitude), jnp.inf, magnitude)
+    return jnp.max(magnitude, axis=tuple(axes), keepdims=keepdims, initial=0)
 
 
 def merged(groups: jax.Array, axes: tuple[int, ...]) -> jax.Array:
