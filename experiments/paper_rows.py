@@ -87,8 +87,9 @@ Each file names its command, commit, device and seed. No accelerator and no Imag
 were at hand; the counterparts are smaller networks on fewer images.
 
 - OCTAV, tables 1 and 2. CIFAR-10, ResNet-20 retrained from its float weights for one epoch, at 3
-  and 4 bits: [`qat_cifar10_resnet20.md`](qat_cifar10_resnet20.md). Handwritten digits, ResNet-8
-  from scratch, three seeds: [`quickstart.json`](quickstart.json).
+  and 4 bits: [`qat_cifar10_resnet20.md`](qat_cifar10_resnet20.md); for two at 3 bits, with images
+  held out: [`qat_cifar10_resnet20_held_out.md`](qat_cifar10_resnet20_held_out.md). Handwritten
+  digits, ResNet-8 from scratch, three seeds: [`quickstart.json`](quickstart.json).
 - VS-Quant, tables 2 to 5. CIFAR-10, pretrained ResNet-20 and ResNet-56: `ptq_resnet20_*.csv` and
   `ptq_resnet56_*.csv`. ImageNet, 1,000 validation images, pretrained MobileNet v1 0.75:
   `ptq_mobilenet_v1_*.csv`; the commands are in the `.json` files. MobileNet's calibrators see
