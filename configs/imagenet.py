@@ -18,7 +18,8 @@ The recipes are the paper's: they do not change with the bits. Its grids are two
 are narrow unless `--config.quant.narrow=False` says otherwise (docs/decisions.md). Images come from
 TFDS (`imagenet2012`, prepared), from folders of classes (`--config.dataset.name=image_folder
 --config.dataset.train_split=train --config.dataset.test_split=val`), or are noise
-(`--config.dataset.name=fake`, to see whether a machine carries a recipe).
+(`--config.dataset.name=fake`, to see whether a machine carries a recipe;
+`--config.dataset.fake_examples=16 --config.batch_size=16 --config.total_epochs=1` is one step).
 
 What the paper published, top-1 in per cent; none of it has been run here, for want of ImageNet:
 
@@ -102,6 +103,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "seed": 0,
             "dataset": {
                 "name": "imagenet2012",
+                "fake_examples": 1024,  # of noise, where the name is "fake"
                 "data_dir": placeholder(str),  # None: the data room's default folder
                 "train_split": "train",
                 # Held out of the training images, to choose by; the test images are then looked at

@@ -111,7 +111,7 @@ class ImageClassification:
             examples: Any = data.ImageFolder(Path(dataset.data_dir) / split)
         elif dataset.name == "fake":
             examples = data.FakeImages(
-                FAKE_IMAGES,
+                dataset.get("fake_examples", FAKE_IMAGES),
                 size=dataset.size,
                 channels=model.in_channels,
                 num_classes=model.num_classes,

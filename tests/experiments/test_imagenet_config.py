@@ -108,6 +108,15 @@ def test_retraining_needs_weights(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_noise_has_as_many_examples_as_are_asked_for():
+    config = imagenet.get_config("model=resnet18,bits=4")
+    config.dataset.name, config.dataset.fake_examples = "fake", 7
+    assert len(build.task(config).test_source()) == 7
+    config.dataset.fake_examples = 0
+    with pytest.raises(ValueError, match="positive count"):
+        build.task(config).test_source()
+
+
 @pytest.mark.parametrize("model", ["resnet50", "mobilenet_v2", "mobilenet_v3_small"])
 def test_a_training_step_fits_together(model):
     """Traced, not run: compiling takes minutes on a CPU."""
