@@ -90,6 +90,8 @@ were at hand; the counterparts are smaller networks on fewer images.
   and 4 bits: [`qat_cifar10_resnet20.md`](qat_cifar10_resnet20.md); for two at 3 bits, with images
   held out: [`qat_cifar10_resnet20_held_out.md`](qat_cifar10_resnet20_held_out.md). Handwritten
   digits, ResNet-8 from scratch, three seeds: [`quickstart.json`](quickstart.json).
+- OCTAV's ImageNet networks: one training step of each at 4 bits, 16 images of noise of full size:
+  [`imagenet_steps.json`](imagenet_steps.json). It says that the recipes run, and nothing else.
 - VS-Quant, tables 2 to 5. CIFAR-10, pretrained ResNet-20 and ResNet-56: `ptq_resnet20_*.csv` and
   `ptq_resnet56_*.csv`. ImageNet, 1,000 validation images, pretrained MobileNet v1 0.75:
   `ptq_mobilenet_v1_*.csv`; the commands are in the `.json` files. MobileNet's calibrators see
