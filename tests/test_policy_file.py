@@ -157,7 +157,17 @@ def test_policies_are_printed_and_compared(tmp_path, capsys):
     assert "none.yaml does not exist" in capsys.readouterr().err
 
 
-def test_the_readme_shows_a_policy(pytestconfig):
+def test_the_readme_shows_a_policy(pytestconfig, tmp_path, monkeypatch):
+    (tmp_path / "my_rules.py").write_text(
+        "import dataclasses\n\n"
+        "@dataclasses.dataclass(frozen=True)\n"
+        "class Cubic:\n"
+        "    scale: float\n\n"
+        "    def threshold(self, x, format, axes): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "my_rules", None)
+    monkeypatch.delitem(sys.modules, "my_rules")  # and again at the end, when it is imported
     blocks = re.findall(
         "```yaml\n(.*?)```", (pytestconfig.rootpath / "README.md").read_text(), re.S
     )
