@@ -13,8 +13,10 @@ from qat_jax.formats import Format
 
 # Elements that are added up in one go.
 _BLOCK = 8192
-# Groups of at most so many elements are reduced all at once, one a lane.
+# Groups of at most so many elements are reduced all at once, one a lane, and so many of their
+# elements in one go: XLA's CPU backend unrolls no longer reductions.
 _SMALL = 256
+_UNROLLED = 16
 
 
 def keepdims_shape(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -33,9 +35,16 @@ def arranged(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int,
     """
     if len(axes) < x.ndim and math.prod(x.shape[axis] for axis in axes) <= _SMALL:
         kept = tuple(axis for axis in range(x.ndim) if axis not in axes)
-        return x.transpose(axes + kept), tuple(range(len(axes)))
+        sizes = [size for axis in axes for size in _parts(x.shape[axis])]
+        x = x.transpose(axes + kept)
+        return x.reshape(*sizes, *x.shape[len(axes) :]), tuple(range(len(sizes)))
     groups = groups_last(x, axes)
     return groups, tuple(range(x.ndim - len(axes), groups.ndim))
+
+
+def _parts(size: int) -> tuple[int, ...]:
+    """Lengths of the axes that an axis of small groups is split into."""
+    return (_UNROLLED, size // _UNROLLED) if size % _UNROLLED == 0 and size > _UNROLLED else (size,)
 
 
 def groups_last(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -79,7 +88,10 @@ def sums(values: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequence[jax.Arr
         return tuple(p + q for p, q in zip(a, b, strict=True))
 
     if kept and axes == tuple(range(len(axes))):  # small groups
-        return [part.astype(dtype) for part in lax.reduce(tuple(values), zeros, add, axes)]
+        parts = tuple(values)
+        for axis in reversed(axes):
+            parts = lax.reduce(parts, zeros, add, (axis,))
+        return [part.astype(dtype) for part in parts]
     first = len(shape)
     while first > kept and math.prod(shape[first - 1 :]) <= _BLOCK:
         first -= 1
