@@ -25,13 +25,12 @@ DIR gets config.json, result.json, and for each argument a table and a figure: e
 ranges, .csv and .png.
 """
 
-import csv
 import dataclasses
 import logging
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from experiments import arguments_figures, build, cli, figures, tasks
 from experiments.gradient_flow import RULES, flows
 from experiments.outliers import measured
 from experiments.ptq import Bench
+from experiments.tables import write_csv
 from experiments.vector_ranges import Ranges, ranges
 from qat_jax.nnx import is_weight
 from qat_jax.training.workdir import Workdir
@@ -54,6 +54,7 @@ logger = logging.getLogger("experiments.arguments")
 DRAWN_BITS = (2, 3, 4, 6, 8)
 
 
+@cli.once("dataset", "model", "quant", "clipping")
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Measures and draws what `config` describes.
 
@@ -69,11 +70,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         WorkdirError: the folder holds something else; nothing is written.
     """
     started = time.monotonic()
-    cli.require(config, "dataset", "model", "quant", "clipping")
-    settings = config.to_dict()
-    folder = Workdir(workdir)
-    if (result := cli.finished(folder, settings)) is not None:
-        return result
+    settings, folder = config.to_dict(), Workdir(workdir)
     with cli.setup_errors():
         build.require_notation(config)
         notation = qj.Notation.parse(config.quant.notation)
@@ -126,7 +123,7 @@ def errors(seen: Mapping[str, Ranges], workdir: Path) -> dict[str, dict[str, Any
         rows += of_bits
         drawn[operand] = curves
         found[side] = {"operand": operand, "curves": [curve.summary() for curve, _ in curves]}
-    _write_csv(workdir / "errors.csv", rows)
+    write_csv(workdir / "errors.csv", rows, digits=5)
     arguments_figures.errors(workdir / "errors.png", drawn)
     return found
 
@@ -141,7 +138,7 @@ def gradients(
         and predicted, and the mean over kernels of the share of weights without gradient.
     """
     rows = flows(model, task.objective, batch)
-    _write_csv(workdir / "gradients.csv", [dataclasses.asdict(row) for row in rows])
+    write_csv(workdir / "gradients.csv", [dataclasses.asdict(row) for row in rows], digits=5)
     arguments_figures.gradients(workdir / "gradients.png", rows)
     activations = [row for row in rows if not is_weight(row.operand)]
     weights = [row for row in rows if is_weight(row.operand)]
@@ -170,7 +167,7 @@ def inside_channels(
     """
     quantizers = qj.operand_quantizers(model)
     rows = [found.row(p, quantizers[p].quantizer.format.bits) for p, found in seen.items()]
-    _write_csv(workdir / "ranges.csv", [dataclasses.asdict(row) for row in rows])
+    write_csv(workdir / "ranges.csv", [dataclasses.asdict(row) for row in rows], digits=5)
     arguments_figures.ranges(workdir / "ranges.png", seen, rows)
     cut = [row for row in rows if seen[row.operand].per_group > 1]
     sides = {
@@ -212,14 +209,6 @@ def _middle(arrays: Mapping[str, jax.Array]) -> str:
         return float(jnp.max(jnp.abs(x)) / jnp.sqrt(jnp.mean(jnp.square(x))))
 
     return sorted(arrays, key=lambda path: crest(arrays[path]))[len(arrays) // 2]
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import logging
 import re
 import sys
@@ -34,6 +35,8 @@ WRONG_USAGE = 2
 SIGNAL_BASE = 128  # a shell's status of a command ended by signal n is 128 + n
 SIGINT = 2
 _PROJECT_LOGGERS = ("qat_jax", "experiments")
+
+Run = Callable[[ConfigDict, Path], dict[str, Any]]
 
 
 class UsageError(ValueError):
@@ -183,6 +186,29 @@ def finished(folder: Workdir, settings: dict[str, Any]) -> dict[str, Any] | None
         return None
     logger.info("%s is finished, nothing to do: see %s", folder.path, folder.result_path)
     return folder.result()
+
+
+def once(*sections: str) -> Callable[[Run], Run]:
+    """Decorates a main's `run`: a folder that is finished is not run again, its result returned.
+
+    Args:
+        *sections: what a config of this main has.
+
+    Raises:
+        UsageError: the config is another main's.
+        WorkdirError: the folder holds something else.
+    """
+
+    def decorate(run: Run) -> Run:
+        @functools.wraps(run)
+        def unless_finished(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+            require(config, *sections)
+            result = finished(Workdir(workdir), config.to_dict())
+            return run(config, workdir) if result is None else result
+
+        return unless_finished
+
+    return decorate
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ DIR gets config.json, result.json with the fit and the headline claims, and
     designs.csv, design_space.png  every design's widths, area, energy and accuracies
 """
 
-import csv
 import itertools
 import logging
 import statistics
@@ -33,6 +32,7 @@ import qat_jax as qj
 from experiments import accuracies, cli, hardware_figures
 from experiments.accuracies import Accuracies
 from experiments.ptq import Bench
+from experiments.tables import write_csv
 from qat_jax import hardware
 from qat_jax.hardware import Design, published
 from qat_jax.training.workdir import Workdir
@@ -48,6 +48,7 @@ MEASURES = {
 Row = dict[str, Any]
 
 
+@cli.once("designs", "formats", "networks", "bench", "bench_network")
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Models, measures and joins what `config` describes.
 
@@ -63,11 +64,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         WorkdirError: the folder holds something else; nothing is written.
     """
     started = time.monotonic()
-    cli.require(config, "designs", "formats", "networks", "bench", "bench_network")
-    settings = config.to_dict()
-    folder = Workdir(workdir)
-    if (result := cli.finished(folder, settings)) is not None:
-        return result
+    settings, folder = config.to_dict(), Workdir(workdir)
     with cli.setup_errors():
         networks = {name: accuracies.read(each) for name, each in config.networks.items()}
         if config.bench_network not in networks:
@@ -100,7 +97,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         join(rows, name, measured)
 
     # Write
-    write_csv(workdir / "published.csv", itertools.chain(*points.values()))
+    write_csv(workdir / "published.csv", list(itertools.chain(*points.values())))
     write_csv(workdir / "rounding.csv", rounding)
     write_csv(workdir / "designs.csv", rows)
     hardware_figures.fit(workdir / "fit.png", points)
@@ -271,15 +268,6 @@ def claim(
             if notation in each.percents
         },
     }
-
-
-def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """A line for each row; all have the same columns."""
-    rows = list(rows)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def show(metrics: Mapping[str, Any], points: Mapping[str, list[Row]]) -> None:

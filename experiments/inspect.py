@@ -21,7 +21,6 @@ Example:
 DIR gets config.json, result.json, operands.csv and, if measured, layers.csv and policy.yaml.
 """
 
-import csv
 import dataclasses
 import logging
 import math
@@ -44,6 +43,7 @@ from rich.table import Table
 import qat_jax as qj
 from experiments import build, cli, tasks
 from experiments.ptq import Bench, diagnose, operands
+from experiments.tables import write_csv
 from qat_jax.bit_allocation import allocate_bits, average_bits
 from qat_jax.formats import Format
 from qat_jax.granularity import ChannelAxis, Granularity, VectorAxis
@@ -60,6 +60,7 @@ _BINS = 12
 _WIDE = 160  # characters of a table that no terminal bounds
 
 
+@cli.once("dataset", "model", "quant", "calibration", "inspect")
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Looks into what `config` describes.
 
@@ -75,11 +76,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         WorkdirError: the folder holds something else; nothing is written.
     """
     started = time.monotonic()
-    cli.require(config, "dataset", "model", "quant", "calibration", "inspect")
-    settings = config.to_dict()
-    folder = Workdir(workdir)
-    if (result := cli.finished(folder, settings)) is not None:
-        return result
+    settings, folder = config.to_dict(), Workdir(workdir)
     wanted = config.inspect
     with cli.setup_errors():
         policy = build.ptq_policy(config)
@@ -300,14 +297,6 @@ def thumbnail(magnitudes: np.ndarray) -> str:
     heights = np.sqrt(counts)
     levels = np.ceil(heights / heights.max() * (len(_BLOCKS) - 1)).astype(int)
     return "".join(_BLOCKS[level] for level in levels)
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line a row."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -50,6 +50,7 @@ logger = logging.getLogger("experiments.integers")
 CSV, FIGURE = "scale_product_bits.csv", "scale_product_bits.png"
 
 
+@cli.once("dataset", "model", "quant", "scale_product_bits")
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Measures what `config` describes, simulated and in integers.
 
@@ -65,11 +66,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         WorkdirError: the folder holds something else; nothing is written.
     """
     started = time.monotonic()
-    cli.require(config, "dataset", "model", "quant", "scale_product_bits")
-    settings = config.to_dict()
-    folder = Workdir(workdir)
-    if (result := cli.finished(folder, settings)) is not None:
-        return result
+    settings, folder = config.to_dict(), Workdir(workdir)
     with cli.setup_errors():
         if build.ptq_policy(config) is None:
             raise ValueError("a float network has no integers: give a notation, such as 4/4U/4/6")

@@ -46,6 +46,7 @@ _TURNS = 15
 Run = Callable[[list[np.ndarray]], np.ndarray]
 
 
+@cli.once("dataset", "model", "quant", "calibration")
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Exports and measures what `config` describes.
 
@@ -61,11 +62,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         WorkdirError: the folder holds something else; nothing is written.
     """
     started = time.monotonic()
-    cli.require(config, "dataset", "model", "quant", "calibration")
-    settings = config.to_dict()
-    folder = Workdir(workdir)
-    if (result := cli.finished(folder, settings)) is not None:
-        return result
+    settings, folder = config.to_dict(), Workdir(workdir)
     with cli.setup_errors():
         if build.ptq_policy(config) is None:
             raise ValueError("a float network is there anyway: give a notation, such as 8/8U")

@@ -18,7 +18,6 @@ Example:
 DIR gets config.json, result.json, outliers.csv with a row for each activation, and outliers.png.
 """
 
-import csv
 import dataclasses
 import functools
 import logging
@@ -37,6 +36,7 @@ from ml_collections import ConfigDict
 import qat_jax as qj
 from experiments import build, cli, figures
 from experiments.ptq import Bench, operands
+from experiments.tables import write_csv
 from qat_jax.nnx import is_weight
 from qat_jax.training.workdir import Workdir
 
@@ -79,6 +79,7 @@ class Outliers:
         return self.maximum / self.octav
 
 
+@cli.once("dataset", "model", "quant")
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Measures and draws what `config` describes.
 
@@ -94,11 +95,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         WorkdirError: the folder holds something else; nothing is written.
     """
     started = time.monotonic()
-    cli.require(config, "dataset", "model", "quant")
-    settings = config.to_dict()
-    folder = Workdir(workdir)
-    if (result := cli.finished(folder, settings)) is not None:
-        return result
+    settings, folder = config.to_dict(), Workdir(workdir)
     with cli.setup_errors():
         build.require_notation(config)
         # One threshold for the whole of an activation, whatever the notation has for its vectors.
@@ -122,7 +119,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     lowest = _BELOW_OCTAV * heaviest.octav / heaviest.maximum
     formats = [qj.Int(bits, signed=None, narrow=True) for bits in DRAWN_BITS]
     curves = [figures.error_curve(x, format, lowest) for format in formats]
-    _write_csv(rows, workdir / CSV)
+    write_csv(workdir / CSV, [dataclasses.asdict(row) for row in rows], digits=5)
     _draw(heaviest.operand, np.abs(np.asarray(x, np.float64)).ravel(), curves, workdir / FIGURE)
     metrics = {
         "bits": format.bits,
@@ -155,15 +152,6 @@ def _numbers(x: jax.Array, format: qj.Int) -> list[jax.Array]:
         for threshold in thresholds
     ]
     return [jnp.mean(jnp.square(jnp.square(x) / square)), *thresholds, *errors]
-
-
-def _write_csv(rows: list[Outliers], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in dataclasses.fields(Outliers)])
-        for row in rows:
-            operand, *numbers = dataclasses.astuple(row)
-            writer.writerow([operand, *(f"{number:.5g}" for number in numbers)])
 
 
 def _draw(

@@ -143,6 +143,7 @@ def needs_training_examples(config: ConfigDict) -> bool:
     return bool(config.calibration.batches or config.calibration.batch_norm_batches)
 
 
+@cli.once("dataset", "model", "quant", "clipping", "scale", "calibration")
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Evaluates what `config` describes, in float and quantised.
 
@@ -158,12 +159,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         WorkdirError: the folder holds something else; nothing is written.
     """
     started = time.monotonic()
-    cli.require(config, "dataset", "model", "quant", "clipping", "scale", "calibration")
-    settings = config.to_dict()
-    folder = Workdir(workdir)
-    if (result := cli.finished(folder, settings)) is not None:
-        return result
-
+    settings, folder = config.to_dict(), Workdir(workdir)
     with cli.setup_errors():
         Placement.over_all_devices().check_batch_size(config.batch_size)
         build.ptq_policy(config)  # its errors come before the minutes of loading

@@ -201,6 +201,7 @@ TABLES = {
 }
 
 
+@cli.once("dataset", "model", "quant", "clipping", "scale", "calibration", "tables")
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Measures every cell of the tables that `config` asks for.
 
@@ -216,11 +217,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         WorkdirError: the folder holds something else; nothing is written.
     """
     started = time.monotonic()
-    cli.require(config, "dataset", "model", "quant", "clipping", "scale", "calibration", "tables")
-    settings = config.to_dict()
-    folder = Workdir(workdir)
-    if (result := cli.finished(folder, settings)) is not None:
-        return result
+    settings, folder = config.to_dict(), Workdir(workdir)
     with cli.setup_errors():
         Placement.over_all_devices().check_batch_size(config.batch_size)
         build.require_notation(config)
