@@ -49,17 +49,18 @@ class Exact:
         if size == 0:
             return jnp.zeros(keepdims_shape(x, axes), largest.dtype)
         middles = format.midpoints
-        if size * len(middles) <= _BREAKPOINTS:
+        tries_all = size * len(middles) <= _BREAKPOINTS
+        if tries_all:
             candidates = _breakpoints(groups, group_axes, middles)
             step = _best_step(groups, group_axes, 1.0, grid, *candidates)
+        elif size <= 2 * _BINS:
+            candidates = _logarithmic(jnp.zeros_like(largest), size, grid)
+            step = _best_step(groups, group_axes, 1.0, grid, *candidates)
         else:
-            if size > 2 * _BINS:
-                candidates = _logarithmic(jnp.zeros_like(largest.reshape(-1)), size, grid)
-                support, weight = _histogram(merged(groups, group_axes))
-                step = _best_step(support, (1,), weight, grid, *candidates).reshape(largest.shape)
-            else:
-                candidates = _logarithmic(jnp.zeros_like(largest), size, grid)
-                step = _best_step(groups, group_axes, 1.0, grid, *candidates)
+            candidates = _logarithmic(jnp.zeros_like(largest.reshape(-1)), size, grid)
+            support, weight = _histogram(merged(groups, group_axes))
+            step = _best_step(support, (1,), weight, grid, *candidates).reshape(largest.shape)
+        if not tries_all:
             step = _refined(groups, group_axes, step, grid)
         return rescaled(step * grid.steps, largest).reshape(keepdims_shape(x, axes))
 

@@ -13,9 +13,10 @@ from qat_jax.formats import Format
 
 # Elements that are added up in one go.
 _BLOCK = 8192
-# Groups of at most so many elements are reduced all at once, one a lane, and so many of their
-# elements in one go: XLA's CPU backend unrolls no longer reductions.
+# Groups of at most so many elements are reduced all at once, one a lane.
 _SMALL = 256
+# A longer axis of such groups is reduced in two steps, the last one of so many elements: XLA's CPU
+# backend uses lanes for a pair of sums only where the reduction is short.
 _UNROLLED = 16
 
 
@@ -27,8 +28,8 @@ def keepdims_shape(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
 def arranged(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
     """An array with ``axes`` where reductions are fast, and where that is.
 
-    Of many small groups they come first: a processor's lanes then run across the groups, each of
-    which is hardly longer than they are many. Otherwise they come last (`groups_last`).
+    Of many small groups they come first, the longer ones split: a processor's lanes then run across
+    the groups instead of along one that is soon over. Otherwise they come last (`groups_last`).
 
     What a reduction over the new axes returns has one entry for each group;
     ``jnp.expand_dims(…, axes)`` spreads it over the groups again.
