@@ -13,6 +13,8 @@ from qat_jax.formats import Format
 
 # Elements that are added up in one go.
 _BLOCK = 8192
+# Partial sums of an axis that is summed alone.
+_PARTIAL = 16
 # Groups of at most so many elements are reduced all at once, one a lane.
 _SMALL = 256
 # A longer axis of such groups is reduced in two steps, the last one of so many elements: XLA's CPU
@@ -52,7 +54,8 @@ def groups_last(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Move the reduced axes to the end, where reductions are fast, and split the long ones.
 
     Axes are not merged: that would gather a sharded array. Zeros fill the last block of a split
-    axis; they count for nothing.
+    axis; they count for nothing. No axis is left alone: along the first, `sums` adds all arrays as
+    one, which is slow for more than partial sums.
     """
     size = math.prod(x.shape[axis] for axis in axes)
     if size > np.iinfo(np.int32).max:
@@ -60,14 +63,20 @@ def groups_last(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     kept = tuple(axis for axis in range(x.ndim) if axis not in axes)
     x = x.transpose(kept + axes)
     for axis in reversed(range(len(kept), x.ndim)):
-        length = x.shape[axis]
-        if length > _BLOCK:
-            blocks = -(-length // _BLOCK)
-            padding = [(0, 0)] * x.ndim
-            padding[axis] = (0, blocks * _BLOCK - length)
-            x = jnp.pad(x, padding)
-            x = x.reshape(*x.shape[:axis], blocks, _BLOCK, *x.shape[axis + 1 :])
+        if x.shape[axis] > _BLOCK:
+            x = _split(x, axis, _BLOCK)
+    if x.ndim == len(kept) + 1 and x.shape[-1] > _PARTIAL:
+        x = _split(x, x.ndim - 1, -(-x.shape[-1] // _PARTIAL))
     return x
+
+
+def _split(x: jax.Array, axis: int, length: int) -> jax.Array:
+    """An axis as blocks of a length, the last of them filled with zeros."""
+    blocks = -(-x.shape[axis] // length)
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, blocks * length - x.shape[axis])
+    x = jnp.pad(x, padding)
+    return x.reshape(*x.shape[:axis], blocks, length, *x.shape[axis + 1 :])
 
 
 def sums(values: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequence[jax.Array]:
