@@ -22,7 +22,8 @@ def quant_config(arg: str) -> ConfigDict:
     is then that of the weights, activations being scaled by their maximum.
 
     "scaling=static" finds all thresholds once, before the first step: the mean of what five batches
-    suggest (arXiv:2206.06501, section 5). They are "dynamic" by default, found in every step.
+    suggest (arXiv:2206.06501, section 5). They are "dynamic" by default, found in every step;
+    "carried" finds the same ones sooner, beginning where the search of the step before ended.
 
     Args:
         arg: comma-separated `key=value`; a key that is not given has its default.
@@ -32,9 +33,9 @@ def quant_config(arg: str) -> ConfigDict:
 
     Example:
         >>> quant_config("bits=4,clipping=max").to_dict()
-        {'activation_bits': 4, 'clipping': 'max', 'diagnostics': False, 'edge_bits': 8,
-         'edge_clipping': 'max', 'gradient': 'mph', 'narrow': True, 'notation': '', 'policy': None,
-         'shards': 1, 'static_batches': 0, 'weight_bits': 4}
+        {'activation_bits': 4, 'carried': False, 'clipping': 'max', 'diagnostics': False,
+         'edge_bits': 8, 'edge_clipping': 'max', 'gradient': 'mph', 'narrow': True, 'notation': '',
+         'policy': None, 'shards': 1, 'static_batches': 0, 'weight_bits': 4}
     """
     values = dict(DEFAULTS)
     parts = [] if arg == "float" else [part for part in arg.split(",") if part]
@@ -44,21 +45,22 @@ def quant_config(arg: str) -> ConfigDict:
             raise ValueError(
                 f"cannot read {part!r}: give 'float' or some of bits=4, notation=4/4U/4/6, "
                 "clipping=octav|max|exact|mse|p99.9, gradient=mph|mad|pwl|ste, "
-                "scaling=dynamic|static, separated by commas"
+                "scaling=dynamic|carried|static, separated by commas"
             )
         values[key] = value
-    if not values["bits"].isdigit():
-        raise ValueError(f"bits={values['bits']} is not a whole number: give bits=4 or the like")
-    if values["scaling"] not in ("dynamic", "static"):
-        raise ValueError(f"scaling={values['scaling']}: give dynamic or static")
+    bits = "32" if values["bits"] == "float" else values["bits"]
+    if not bits.isdigit():
+        raise ValueError(f"bits={bits} is not a whole number: give bits=4 or the like")
+    if values["scaling"] not in ("dynamic", "carried", "static"):
+        raise ValueError(f"scaling={values['scaling']}: give dynamic, carried or static")
     if values["notation"]:
         values["notation"] = str(Notation.parse(values["notation"]))
     return ConfigDict(
         {
             "policy": placeholder(str),  # a YAML file that says all of what follows; see README
             "notation": values["notation"],  # of vectors; "" for the bits below
-            "weight_bits": int(values["bits"]),
-            "activation_bits": int(values["bits"]),
+            "weight_bits": int(bits),
+            "activation_bits": int(bits),
             "clipping": values["clipping"],
             "gradient": values["gradient"],
             "narrow": True,  # the threshold is itself a code; the paper's grids are not narrow
@@ -66,6 +68,8 @@ def quant_config(arg: str) -> ConfigDict:
             "edge_clipping": values["clipping"],
             # Of training images behind thresholds that stay; 0: every step finds its own.
             "static_batches": _STATIC_BATCHES if values["scaling"] == "static" else 0,
+            # Whether training begins its searches with the thresholds of the step before.
+            "carried": values["scaling"] == "carried",
             # Parts of a batch whose activations have thresholds of their own; as many as devices
             # save a collective in every iteration of a search.
             "shards": 1,

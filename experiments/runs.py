@@ -22,7 +22,8 @@ def trained_model(config: ConfigDict, folder: Path, *example: jax.Array) -> nnx.
     Args:
         config: the run's.
         folder: the run's.
-        *example: what the model is called with, of any size; needed where thresholds are static.
+        *example: what the model is called with, of any size; needed where thresholds are static or
+            carried.
 
     Raises:
         ValueError: the folder has no checkpoint.
@@ -30,8 +31,11 @@ def trained_model(config: ConfigDict, folder: Path, *example: jax.Array) -> nnx.
     untrained = config.copy_and_resolve_references()
     untrained.model.pretrained = None  # the file may be gone, and its weights are not these
     model = build.quantised_model(untrained)
-    if config.quant.static_batches:  # makes a place for the thresholds that the checkpoint has
+    # These make places for the thresholds that the checkpoint has.
+    if config.quant.static_batches:
         qj.calibrate(model, [example])
+    if config.quant.get("carried"):
+        qj.carry_thresholds(model, *example)
     optimizer = make_optimizer(config.optimizer, lambda step: 0.0)  # for its state's shape alone
     averages = config.get("average_decay", 0.0) > 0
     graphdefs, state = create_state(model, optimizer, averages=averages)

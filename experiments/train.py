@@ -107,6 +107,15 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 count=config.quant.static_batches,
             )
             qj.calibrate(model, inputs)
+        if config.quant.carried:
+            batch = tasks.calibration_inputs(
+                task,
+                task.calibration_source(),
+                batch_size=config.batch_size // config.accumulate,
+                seed=config.seed,
+                count=1,
+            )
+            qj.carry_thresholds(model, *next(batch))
 
         # Durations
         steps_per_epoch = max(len(train_source) // config.batch_size, 1)

@@ -1,7 +1,12 @@
 """Quantisation-aware training and post-training quantisation in JAX."""
 
 from qat_jax.batch_norm import fold_batch_norm, reestimate_batch_norm
-from qat_jax.calibration import calibrate, load_thresholds, save_thresholds
+from qat_jax.calibration import (
+    calibrate,
+    carry_thresholds,
+    load_thresholds,
+    save_thresholds,
+)
 from qat_jax.clipping import AbsMax, Entropy, Exact, Fixed, MseSweep, Octav, Percentile, octav
 from qat_jax.diagnostics import Diagnostics, diagnose, fake_quant_with_diagnostics
 from qat_jax.formats import Float, Int
@@ -53,6 +58,7 @@ __all__ = [
     "Storage",
     "calibrate",
     "captured_by_operand",
+    "carry_thresholds",
     "conv_general_dilated",
     "dequantize",
     "diagnose",

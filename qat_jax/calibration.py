@@ -1,4 +1,4 @@
-"""Static calibration: thresholds found on sample batches and frozen into a model's state."""
+"""Thresholds in a model's state: found on sample batches and frozen, or carried along."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -14,6 +14,7 @@ from qat_jax.array_file import read_arrays, write_arrays
 from qat_jax.granularity import PerTensor
 from qat_jax.nnx import (
     Candidate,
+    Carried,
     Threshold,
     captured_by_operand,
     is_weight,
@@ -92,6 +93,54 @@ def calibrate(
     for path in total:
         quantizers[path].threshold = Threshold(total[path] / count)
     return tuple(total)
+
+
+def carry_thresholds(model: nnx.Module, *inputs: Any) -> tuple[str, ...]:
+    """Let training, in place, search for thresholds from those of the step before.
+
+    Weights and activations drift slowly: a search that begins where the last one ended reads its
+    operand once, mostly (`Octav.refined`). The first step begins with what a batch suggests, in a
+    forward pass without quantisation. What is carried is a part of the model's state, as batch
+    statistics are. In evaluation mode (``model.eval()``) thresholds are found from nothing, as
+    always, so that an answer does not depend on what was trained before it.
+
+    Carried are the thresholds of operands with one scale a tensor or a channel (weights only),
+    whose clipping rule can `refine` and which are not frozen.
+
+    Args:
+      model: a quantised NNX model.
+      *inputs: a batch for it.
+
+    Returns:
+      The paths of the operands that carry.
+
+    Raises:
+      ValueError: there is none; the model is then unchanged.
+
+    Example:
+      >>> from qat_jax import quantize_model
+      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+      >>> model = quantize_model(model, "octav-w4a4")
+      >>> carry_thresholds(model, jnp.ones((2, 4)))
+      ('layers/0/activations', 'layers/0/weights')
+    """
+    quantizers = {
+        path: quantizer
+        for path, quantizer in operand_quantizers(model).items()
+        if quantizer.quantizer.refines
+        and quantizer.threshold is None
+        and (is_weight(path) or isinstance(quantizer.quantizer.granularity, PerTensor))
+    }
+    if not quantizers:
+        raise ValueError(
+            "no operand can carry thresholds: quantise the model with clipping Octav() and "
+            "granularity PerTensor(), or PerChannel() for weights, and do not freeze them"
+        )
+    candidates = _observer(model)(*inputs)
+    carrying = tuple(path for path in quantizers if path in candidates)
+    for path in carrying:
+        quantizers[path].carried = Carried(candidates[path])
+    return carrying
 
 
 def save_thresholds(model: nnx.Module, path: str | Path) -> None:

@@ -56,19 +56,28 @@ class Threshold(nnx.Variable):
     """Thresholds that were frozen into the model: part of its state, and no parameter."""
 
 
+class Carried(nnx.Variable):
+    """Thresholds of the step before, with which a search begins: state, and no parameter."""
+
+
 class OperandQuantizer(DescribedQuantizer, nnx.Module):
     """Quantises one operand of one layer.
 
     Attributes:
       quantizer: the description (static).
       token_axes: the operand's axes of examples and of positions, if it can have padding (static).
-      threshold: thresholds found before (see `calibration`); None: found anew in each call.
+      threshold: thresholds found before (see `calibration`); None: found in each call.
+      carried: where training begins to search for them; None: from nothing.
+      deterministic: whether thresholds found depend on the operand alone, as in evaluation, where
+        Flax sets this attribute.
     """
 
     def __init__(self, quantizer: Quantizer, token_axes: tuple[int, int] | None = TOKENS) -> None:
         self.quantizer = quantizer
         self.token_axes = token_axes
         self.threshold: Threshold | None = nnx.data(None)
+        self.carried: Carried | None = nnx.data(None)
+        self.deterministic = False
 
     def _words(self) -> str:
         return super()._words() + (" frozen" if self.threshold is not None else "")
@@ -85,7 +94,7 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
             self.sow(Candidate, "candidates", self.quantizer.threshold(x, **axes))
             return x
         if self.threshold is None:
-            threshold = seen = self.quantizer.threshold(x, **axes)
+            threshold = seen = self._found(x, channel_axis, vector_axis)
         else:
             threshold, seen = self.threshold.get_value(), x  # frozen, they say nothing about x
         if _captures(self, NonFinite):
@@ -98,6 +107,15 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
         x, diagnostics = fake_quant_with_diagnostics(x, self.quantizer, **axes)
         self.sow(Diagnostic, "diagnostics", diagnostics)
         return x
+
+    def _found(self, x: jax.Array, channel_axis: ChannelAxis, vector_axis: VectorAxis) -> jax.Array:
+        """Thresholds of x; those of training are carried to the next step."""
+        if self.carried is None or self.deterministic:
+            return self.quantizer.threshold(x, channel_axis, vector_axis)
+        before = self.carried.get_value()
+        threshold = self.quantizer.refined_threshold(x, before, channel_axis)
+        self.carried.set_value(jnp.where(jnp.isfinite(threshold), threshold, before))
+        return threshold
 
     def quantized(
         self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None

@@ -8,10 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qat_jax.clipping import Clipping, Octav, accumulation_dtype
+from qat_jax.clipping import Clipping, Octav, Refining, accumulation_dtype
 from qat_jax.formats import Format, Int
 from qat_jax.gradients import GradientRule, gradient_rule, with_gradient
-from qat_jax.granularity import ChannelAxis, Granularity, Groups, PerShard, PerTensor, VectorAxis
+from qat_jax.granularity import (
+    ChannelAxis,
+    Granularity,
+    Groups,
+    PerChannel,
+    PerShard,
+    PerTensor,
+    VectorAxis,
+)
 from qat_jax.scales import FloatScale, Scale, StoredScale, reciprocal
 
 # By what a choice is known, and an example of one.
@@ -76,6 +84,30 @@ class Quantizer:
     ) -> jax.Array:
         """The clipping threshold of each group of x, compact (see `Groups.reduce`)."""
         return _threshold(jnp.asarray(x), self, _hashable(channel_axis), _hashable(vector_axis))
+
+    @property
+    def refines(self) -> bool:
+        """Whether thresholds can be found from earlier ones: see `refined_threshold`."""
+        whole_axes = isinstance(self.granularity, PerTensor | PerChannel)
+        return whole_axes and isinstance(self.clipping, Refining)
+
+    def refined_threshold(
+        self, x: jax.Array, start: jax.Array, channel_axis: ChannelAxis = None
+    ) -> jax.Array:
+        """`threshold`, from what it was a little before, for quantisers that `refines` is true of.
+
+        Args:
+          x: floating-point array.
+          start: earlier thresholds, as `threshold` returns them.
+          channel_axis: the axis or axes with a scale each, for `PerChannel`.
+
+        Raises:
+          ValueError: the quantiser does not refine.
+        """
+        if not (self.refines and isinstance(self.clipping, Refining)):
+            raise ValueError(f"{self} finds every threshold from nothing: use `threshold`")
+        groups = self.granularity.groups(x.ndim, channel_axis, None)
+        return self.clipping.refined(x, self.format, groups.axes, start)
 
 
 @jax.tree_util.register_dataclass

@@ -12,7 +12,7 @@ from qat_jax.clipping.exact import Exact
 from qat_jax.clipping.fixed import Fixed
 from qat_jax.clipping.octav import Octav, octav
 from qat_jax.clipping.percentile import Percentile
-from qat_jax.clipping.protocol import Clipping, accumulation_dtype
+from qat_jax.clipping.protocol import Clipping, Refining, accumulation_dtype
 from qat_jax.clipping.sweep import MseSweep
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "MseSweep",
     "Octav",
     "Percentile",
+    "Refining",
     "accumulation_dtype",
     "octav",
 ]

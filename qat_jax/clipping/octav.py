@@ -1,7 +1,8 @@
 """OCTAV: the threshold of least mean squared error, by Newton-Raphson."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from qat_jax.clipping.groups import arranged, keepdims_shape, sums
 from qat_jax.clipping.protocol import accumulation_dtype, uniform
 from qat_jax.formats import Format, Int
 from qat_jax.granularity import normalize_axes
+
+# A refined threshold that moves by no more than this share is settled.
+_SETTLED = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Octav:
     is no difference to speak of.
 
     Every iteration reads the data once. Groups of up to 256 elements, such as vectors, are searched
-    side by side, one a lane of the processor.
+    side by side, one a lane of the processor. In training, `refined` begins where the last step's
+    search ended, and is then done after one iteration, mostly.
 
     Attributes:
       iterations: Newton steps after the mean; a static count. On Gaussian and Laplace data the
@@ -49,6 +54,58 @@ class Octav:
 
     def threshold(self, x: jax.Array, format: Format, axes: tuple[int, ...]) -> jax.Array:
         """The fixed point for each group of x; a ValueError if the codes are not evenly spaced."""
+        problem = self._problem(x, format, axes)
+
+        def newton(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            s, nonzero = carry
+            total, above = problem.tail(s)
+            # All elements but the zeros lie above the first s, which is 0. That step has no
+            # rounding noise to weigh and so lands on the mean: the start needs no code of its own.
+            nonzero = jnp.maximum(nonzero, above)
+            return problem.newton(s, total, above, nonzero), nonzero
+
+        # A loop, not an unrolled chain: on the CPU it keeps XLA from recomputing x in every pass.
+        start = (problem.zeros, problem.zeros)
+        s, _ = lax.fori_loop(0, self.iterations + 1, newton, start)
+        return s.reshape(keepdims_shape(x, axes))
+
+    def refined(
+        self, x: jax.Array, format: Format, axes: tuple[int, ...], start: jax.Array
+    ) -> jax.Array:
+        """The fixed point for each group of x, from thresholds that were right a little before.
+
+        Iterates until no threshold moves by more than 2 %, which near the fixed point an iteration
+        takes most of away, and the error grows with the square of what is left
+        (`results/carried_*.json`). A start beyond all of its group, from which no iteration leads
+        down, is replaced by 0.
+
+        Args:
+          x: floating-point array.
+          format: the format that x is to be quantised to.
+          axes: the axes reduced.
+          start: thresholds of x's shape with ``axes`` at length 1; those not finite begin anew.
+        """
+        problem = self._problem(x, format, axes)
+        start = start.astype(problem.zeros.dtype).reshape(problem.zeros.shape)
+        start = jnp.where(jnp.isfinite(start), start, 0) + problem.zeros
+
+        def unsettled(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            i, s, last = carry
+            moves = ~(jnp.abs(s - last) <= _SETTLED * s)  # NaN never settles
+            return (i == 0) | ((i < self.iterations + 2) & jnp.any(moves))
+
+        def newton(
+            carry: tuple[jax.Array, jax.Array, jax.Array],
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            i, s, _ = carry
+            total, above, nonzero = problem.tail_and_nonzero(s)
+            found = problem.newton(s, total, above, nonzero)
+            return i + 1, jnp.where((i == 0) & (total == 0), 0, found), s
+
+        _, s, _ = lax.while_loop(unsettled, newton, (jnp.int32(0), start, start))
+        return s.reshape(keepdims_shape(x, axes))
+
+    def _problem(self, x: jax.Array, format: Format, axes: tuple[int, ...]) -> "_Problem":
         format = uniform(format, self)
         x = lax.stop_gradient(x)
         # The paper's constants are those of the plain grid, whatever grid is used.
@@ -56,25 +113,10 @@ class Octav:
         c = 1 / (12 * jnp.square(model.grid(x).steps))
         groups, group_axes = arranged(x, axes)
         dtype = accumulation_dtype(x)
-        c = jnp.asarray(c, dtype)
-
-        def newton(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            s, nonzero = carry
-            total, above = _tail(groups, group_axes, s, format)
-            # All elements but the zeros lie above the first s, which is 0. That step has no
-            # rounding noise to weigh and so lands on the mean: the start needs no code of its own.
-            nonzero = jnp.maximum(nonzero, above)
-            weight = c * (nonzero - above) + above
-            # Nothing lies above an s of 0, of infinity, or that rounding took to the maximum: stay.
-            step = total / jnp.where(weight > 0, weight, 1)
-            return jnp.where(total == 0, s, step), nonzero
-
         # Zeros like a sum over x, which is never computed: inside shard_map a loop's state has to
         # vary over the mesh from the start, as x does.
-        start = jnp.zeros_like(jnp.sum(groups, group_axes), dtype)
-        # A loop, not an unrolled chain: on the CPU it keeps XLA from recomputing x in every pass.
-        s, _ = lax.fori_loop(0, self.iterations + 1, newton, (start, start))
-        return s.reshape(keepdims_shape(x, axes))
+        zeros = jnp.zeros_like(jnp.sum(groups, group_axes), dtype)
+        return _Problem(groups, group_axes, format, jnp.asarray(c, dtype), zeros)
 
 
 def octav(
@@ -107,15 +149,49 @@ def octav(
     return Octav(iterations, noise).threshold(x, format, axes)
 
 
-def _tail(
-    groups: jax.Array, axes: tuple[int, ...], s: jax.Array, format: Int
-) -> tuple[jax.Array, jax.Array]:
-    """Sum and count of the magnitudes above s in each group, from one pass.
+class _Problem(NamedTuple):
+    """What is searched: groups, and the weight of their rounding noise.
 
-    Counted with int32: XLA's CPU backend vectorises the pair only then.
+    Attributes:
+      groups: the elements (see `arranged`).
+      axes: of the groups.
+      format: what they are quantised to.
+      c: the noise constant.
+      zeros: one for each group, in the dtype of thresholds.
     """
-    magnitude = format.magnitude(groups).astype(s.dtype)
-    inside = magnitude <= jnp.expand_dims(s, axes)  # NaN is not
-    above = jnp.where(inside, np.zeros((), s.dtype), magnitude)
-    total, count = sums((above, jnp.where(inside, 0, 1).astype(jnp.int32)), axes)
-    return total, count
+
+    groups: jax.Array
+    axes: tuple[int, ...]
+    format: Int
+    c: jax.Array
+    zeros: jax.Array
+
+    def newton(
+        self, s: jax.Array, total: jax.Array, above: jax.Array, nonzero: jax.Array
+    ) -> jax.Array:
+        """The next s, from the sum and the count of the magnitudes above it (equation 6)."""
+        weight = self.c * (nonzero - above) + above
+        # Nothing lies above an s of 0, of infinity, or that rounding took to the maximum: stay.
+        return jnp.where(total == 0, s, total / jnp.where(weight > 0, weight, 1))
+
+    def tail(self, s: jax.Array) -> Sequence[jax.Array]:
+        """Sum and count of the magnitudes above s in each group, from one pass."""
+        return sums(self._above(s), self.axes)
+
+    def tail_and_nonzero(self, s: jax.Array) -> Sequence[jax.Array]:
+        """`tail`, and the count of what is not 0."""
+        nonzero = jnp.where(self._magnitude == 0, 0, 1).astype(jnp.int32)
+        return sums((*self._above(s), nonzero), self.axes)
+
+    @property
+    def _magnitude(self) -> jax.Array:
+        return self.format.magnitude(self.groups).astype(self.zeros.dtype)
+
+    def _above(self, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Magnitudes, 0 where not above s, and whether they are.
+
+        Counted with int32: XLA's CPU backend vectorises the pair only then.
+        """
+        inside = self._magnitude <= jnp.expand_dims(s, self.axes)  # NaN is not
+        above = jnp.where(inside, np.zeros((), s.dtype), self._magnitude)
+        return above, jnp.where(inside, 0, 1).astype(jnp.int32)

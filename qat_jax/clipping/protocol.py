@@ -1,6 +1,6 @@
 """What a clipping rule is."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,17 @@ class Clipping(Protocol):
 
     def threshold(self, x: jax.Array, format: Format, axes: tuple[int, ...]) -> jax.Array:
         """The threshold of each group of x, with ``axes`` kept at length 1."""
+        ...
+
+
+@runtime_checkable
+class Refining(Clipping, Protocol):
+    """A clipping rule that is faster from thresholds that were right a little before."""
+
+    def refined(
+        self, x: jax.Array, format: Format, axes: tuple[int, ...], start: jax.Array
+    ) -> jax.Array:
+        """The threshold of each group of x, from an earlier one, which may be 0 or not finite."""
         ...
 
 

@@ -283,6 +283,7 @@ def test_configs_are_complete(name):
         "notation": "",
         "shards": 1,
         "static_batches": 0,
+        "carried": False,
         "weight_bits": 3,
         "activation_bits": 3,
         "clipping": "octav",
