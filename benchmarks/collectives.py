@@ -9,8 +9,10 @@ counts the collectives that run in one step and the bytes that each device contr
 those in loops count once for each iteration. Nothing is timed: on simulated devices time says
 nothing.
 
-The steps are unquantised; W4A4 with the thresholds of whole activations, by the maximum and by
-OCTAV's ten Newton steps; and OCTAV with a threshold for each device's shard of an activation.
+The steps are unquantised; W4A4 with the thresholds of whole activations, by the maximum, by OCTAV's
+ten Newton steps and by OCTAV from the thresholds of the step before (carried), where a search is
+counted as one iteration, its usual length; and OCTAV with a threshold for each device's shard of an
+activation.
 
 Prints a table and, with --out, writes it as JSON with command, commit and versions.
 """
@@ -30,8 +32,9 @@ from rich.table import Table
 
 import qat_jax as qj
 from benchmarks import record
+from benchmarks.workloads import NORMALISATION
 from qat_jax.models import CifarResNet
-from qat_jax.training.objective import Classification, Normalisation
+from qat_jax.training.objective import Classification
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import create_state
 from qat_jax.training.step import make_train_step
@@ -44,6 +47,7 @@ _WHILE = re.compile(r" while\(.*body=%?(?P<body>[\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALL = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)|branch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+CARRIED = "octav, carried"
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
 
 
@@ -61,11 +65,15 @@ class Traffic(NamedTuple):
         return Traffic(self.collectives * count, self.bytes * count)
 
 
-def traffic(program: str) -> Traffic:
+def traffic(program: str, unknown_trips: int | None = None) -> Traffic:
     """The traffic of a compiled program, from its text.
 
+    Args:
+        program: the text.
+        unknown_trips: how often loops run that end when their values say so.
+
     Raises:
-        ValueError: a loop with collectives does not say how often it runs.
+        ValueError: a loop with collectives does not say how often it runs, and nobody else does.
     """
     bodies: dict[str, list[str]] = {}
     entry = name = ""
@@ -85,9 +93,10 @@ def traffic(program: str) -> Traffic:
             elif match := _WHILE.search(line):
                 each = of(match["body"])
                 trips = _TRIPS.search(line)
-                if each.collectives and trips is None:
+                count = int(trips[1]) if trips else unknown_trips
+                if each.collectives and count is None:
                     raise ValueError(f"nobody knows how often {match['body']} runs")
-                total += each.times(int(trips[1]) if trips else 0)
+                total += each.times(count or 0)
             else:
                 for called, branches in _CALL.findall(line):
                     for callee in filter(None, [called, *re.split(r",\s*%?", branches.strip("%"))]):
@@ -122,15 +131,20 @@ def policies(devices: int) -> dict[str, qj.Policy | None]:
         "float32": None,
         "max": w4a4(qj.AbsMax()),
         "octav": w4a4(qj.Octav(10)),
+        CARRIED: w4a4(qj.Octav(10)),
         "octav, a threshold a shard": w4a4(qj.Octav(10), devices),
     }
 
 
-def step_traffic(depth: int, batch_size: int, devices: int, policy: qj.Policy | None) -> Traffic:
+def step_traffic(
+    depth: int, batch_size: int, devices: int, policy: qj.Policy | None, *, carried: bool = False
+) -> Traffic:
     """The traffic of one training step over the first so many devices."""
     model: nnx.Module = CifarResNet(depth, rngs=nnx.Rngs(0))
     if policy is not None:
         model = qj.quantize_model(model, policy)
+    if carried:
+        qj.carry_thresholds(model, np.ones((1, 32, 32, 3), np.float32))
     placement = Placement.over(jax.devices()[:devices])
     schedule = optax.constant_schedule(0.01)
     optimizer = optax.sgd(schedule, momentum=0.9)
@@ -138,7 +152,7 @@ def step_traffic(depth: int, batch_size: int, devices: int, policy: qj.Policy | 
     step = make_train_step(
         graphdefs,
         optimizer,
-        objective=Classification(Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+        objective=Classification(NORMALISATION),
         schedule=schedule,
         placement=placement,
     )
@@ -147,7 +161,7 @@ def step_traffic(depth: int, batch_size: int, devices: int, policy: qj.Policy | 
         "label": jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=placement.batch),
     }
     compiled = step.lower(placement.shard_state(state), batch).compile()  # type: ignore[attr-defined]
-    return traffic(compiled.as_text())
+    return traffic(compiled.as_text(), unknown_trips=1 if carried else None)
 
 
 def main() -> int:
@@ -172,7 +186,9 @@ def main() -> int:
         table.add_column(f"{devices} devices", justify="right")
         for name, policy in policies(devices).items():
             print(f"compiling for {devices}: {name}", file=sys.stderr)
-            found = step_traffic(arguments.depth, arguments.batch, devices, policy)
+            found = step_traffic(
+                arguments.depth, arguments.batch, devices, policy, carried=name == CARRIED
+            )
             rows.setdefault(name, {})[str(devices)] = found._asdict()
     for name, row in rows.items():
         cells = (f"{cell['collectives']}, {cell['bytes'] / 1024:.0f}" for cell in row.values())

@@ -1,18 +1,23 @@
-"""How much a quantised training step costs over the float32 step.
+"""How much a quantised training step costs over the unquantised one.
 
 Usage:
-    python -m benchmarks.train_step [--out=results/NAME] [--depth=20] [--batch=128] [--rounds=9]
+    python -m benchmarks.train_step [--workload=resnet20|minilm-block|resnet50|bert-base]
+        [--out=results/NAME] [--batch=N] [--rounds=9]
 
-Times whole training steps of a CIFAR ResNet (forward, backward, optimiser; state donated) with
-every convolution at W4A4: unquantised, with given thresholds (no search), with max scaling, and
-with OCTAV's ten Newton steps. All run in this process in alternation, so that what slows the
-machine slows them alike; ratios are medians over rounds of the two times of one round.
+Times whole training steps (forward, backward, optimiser; state donated) of a network quantised to
+4 bits: unquantised; with given thresholds, so that nothing is searched; with max scaling; with
+OCTAV's ten Newton steps; with OCTAV from the thresholds of the step before (carried); with vectors
+of 16 whose scales are integers; and with Qwix (int8, the maximum), where that is installed. All run
+in this process in alternation, so that what slows the machine slows them alike; ratios are medians
+over rounds of the two times of one round. The last two workloads are for an accelerator.
 
 Prints a table and, with --out, writes it as JSON with command, commit, versions and device.
 """
 
 import argparse
 import dataclasses
+import importlib
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -28,13 +33,15 @@ from rich.table import Table
 
 import qat_jax as qj
 from benchmarks import record
-from qat_jax.models import CifarResNet
-from qat_jax.training.objective import Classification, Normalisation
+from benchmarks.workloads import WORKLOADS, Workload
 from qat_jax.training.state import create_state
 from qat_jax.training.step import make_train_step
 from qat_jax.training.workdir import device
 
-BASELINE = "float32"
+BASELINE = "unquantised"
+
+# Makes a quantised model of a model and a batch for it.
+Quantise = Callable[[nnx.Module, tuple[Any, ...]], nnx.Module]
 
 
 @dataclasses.dataclass
@@ -55,30 +62,52 @@ class Contestant:
         self.seconds.append(time.perf_counter() - started)
 
 
-def policies() -> dict[str, qj.Policy | None]:
-    """What is compared: the paper's W4A4 recipe with one choice changed at a time."""
+def contestants(workload: Workload) -> dict[str, Quantise]:
+    """What is compared: the paper's W4A4 recipe with one choice changed at a time, and others."""
+    first, last = workload.ends
 
-    def w4a4(clipping: Any) -> qj.Policy:
-        return qj.uniform_policy(4, 4, clipping=clipping, first="conv1", last="linear")
+    def w4a4(clipping: Any) -> Quantise:
+        policy = qj.uniform_policy(4, 4, clipping=clipping, first=first, last=last)
+        return lambda model, inputs: qj.quantize_model(model, policy)
 
-    return {
-        BASELINE: None,
+    def carried(model: nnx.Module, inputs: tuple[Any, ...]) -> nnx.Module:
+        model = w4a4(qj.Octav(10))(model, inputs)
+        qj.carry_thresholds(model, *inputs)
+        return model
+
+    def vectors(model: nnx.Module, inputs: tuple[Any, ...]) -> nnx.Module:
+        policy = qj.Policy.from_notation(workload.vectors, first=first, last=last, gradient="mph")
+        return qj.quantize_model(model, policy)
+
+    found: dict[str, Quantise] = {
+        BASELINE: lambda model, inputs: model,
         "fixed thresholds": w4a4(qj.Fixed(1.0)),
         "max": w4a4(qj.AbsMax()),
         "octav, 10 iterations": w4a4(qj.Octav(10)),
+        "octav, carried": carried,
+        f"vectors of 16, {workload.vectors}": vectors,
     }
+    if importlib.util.find_spec("qwix"):
+        found["Qwix, int8, max"] = _qwix
+    return found
 
 
-def prepare(depth: int, batch: dict[str, jax.Array], policy: qj.Policy | None) -> Contestant:
+def _qwix(model: nnx.Module, inputs: tuple[Any, ...]) -> nnx.Module:
+    """Every layer by Qwix; its int4 convolutions do not run on CPUs."""
+    qwix = importlib.import_module("qwix")
+    rule = qwix.QtRule(module_path=".*", weight_qtype="int8", act_qtype="int8")
+    return qwix.quantize_model(model, qwix.QtProvider([rule]), *inputs)
+
+
+def prepare(workload: Workload, batch: dict[str, jax.Array], quantise: Quantise) -> Contestant:
     """Compile a training step and run it once."""
-    model: nnx.Module = CifarResNet(depth, rngs=nnx.Rngs(0))
-    if policy is not None:
-        model = qj.quantize_model(model, policy)
-    schedule = optax.constant_schedule(0.01)
+    model = workload.model()
+    model.train()
+    model = quantise(model, workload.objective.inputs(batch))
+    schedule = optax.constant_schedule(1e-4)
     optimizer = optax.sgd(schedule, momentum=0.9)
     graphdefs, state = create_state(model, optimizer)
-    objective = Classification(Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    step = make_train_step(graphdefs, optimizer, objective=objective, schedule=schedule)
+    step = make_train_step(graphdefs, optimizer, objective=workload.objective, schedule=schedule)
     started = time.perf_counter()
     compiled = step.lower(state, batch).compile()  # type: ignore[attr-defined]
     compile_seconds = time.perf_counter() - started
@@ -88,11 +117,11 @@ def prepare(depth: int, batch: dict[str, jax.Array], policy: qj.Policy | None) -
     return Contestant(compiled, state, compile_seconds, memory.temp_size_in_bytes)
 
 
-def summary(contestants: dict[str, Contestant]) -> dict[str, dict[str, float]]:
+def summary(measured: dict[str, Contestant]) -> dict[str, dict[str, float]]:
     """Medians, and ratios to the baseline round by round."""
-    base = contestants[BASELINE]
+    base = measured[BASELINE]
     rows = {}
-    for name, contestant in contestants.items():
+    for name, contestant in measured.items():
         ratios = np.array(contestant.seconds) / np.array(base.seconds)
         rows[name] = {
             "step_seconds": float(np.median(contestant.seconds)),
@@ -111,7 +140,7 @@ def show(rows: dict[str, dict[str, float]], title: str) -> None:
     """Print the table."""
     table = Table(title=title)
     table.add_column("step")
-    for heading in ("seconds", "over float32", "min … max", "compile", "memory"):
+    for heading in ("seconds", f"over {BASELINE}", "min … max", "compile", "memory"):
         table.add_column(heading, justify="right")
     for name, row in rows.items():
         table.add_row(
@@ -130,28 +159,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--workload", choices=list(WORKLOADS), default="resnet20")
     parser.add_argument("--out", type=Path, help="where to write the JSON, without a suffix")
-    parser.add_argument("--depth", type=int, default=20, help="of the ResNet")
-    parser.add_argument("--batch", type=int, default=128, help="images in a step")
+    parser.add_argument("--batch", type=int, help="examples in a step; the workload's own if not")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each contestant")
     arguments = parser.parse_args()
 
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": jax.device_put(rng.integers(0, 256, (arguments.batch, 32, 32, 3), np.uint8)),
-        "label": jax.device_put(rng.integers(0, 10, arguments.batch, np.int32)),
-    }
-    contestants = {}
-    for name, policy in policies().items():
+    workload = WORKLOADS[arguments.workload]
+    batch_size = arguments.batch or workload.batch_size
+    batch = jax.device_put(workload.batch(batch_size))
+    measured = {}
+    for name, quantise in contestants(workload).items():
         print(f"compiling: {name}", file=sys.stderr)
-        contestants[name] = prepare(arguments.depth, batch, policy)
+        measured[name] = prepare(workload, batch, quantise)
     for round_ in range(arguments.rounds):
         print(f"round {round_ + 1} of {arguments.rounds}", file=sys.stderr)
-        for contestant in contestants.values():
+        for contestant in measured.values():
             contestant.run(batch)
 
-    rows = summary(contestants)
-    title = f"ResNet-{arguments.depth} W4A4 training step, batch {arguments.batch}"
+    rows = summary(measured)
+    title = f"{workload.title}, training step at 4 bits, batch {batch_size}"
     show(rows, f"{title}, {device()['kind']}")
     if arguments.out is not None:
         record.write(arguments.out, title, rounds=arguments.rounds, rows=rows)

@@ -3,26 +3,31 @@ import sys
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from benchmarks import bert_memory, thresholds, train_step
 from benchmarks.collectives import Traffic, traffic
+from benchmarks.workloads import WORKLOADS
 from qat_jax import PerTensor
-from qat_jax.models import BertSize
+from qat_jax.models import BertSize, CifarResNet
 
 
-def test_the_benchmark_runs_and_reports_ratios(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["resnet20", "minilm-block"])
+def test_the_benchmark_runs_and_reports_ratios(name, tmp_path, monkeypatch, capsys):
     """Not a timing: only that the command works and its figures hang together."""
     out = tmp_path / "step"
-    arguments = ["--depth=8", "--batch=8", "--rounds=2", f"--out={out}"]
+    arguments = [f"--workload={name}", "--batch=2", "--rounds=2", f"--out={out}"]
+    smaller = WORKLOADS["resnet20"]._replace(model=lambda: CifarResNet(8, rngs=nnx.Rngs(0)))
+    monkeypatch.setitem(WORKLOADS, "resnet20", smaller)
     monkeypatch.setattr(sys, "argv", ["train_step", *arguments])
     assert train_step.main() == 0
     result = json.loads(out.with_suffix(".json").read_text())
     rows = result["rows"]
-    assert rows["float32"]["step_ratio"] == rows["float32"]["memory_ratio"] == 1
+    assert rows["unquantised"]["step_ratio"] == rows["unquantised"]["memory_ratio"] == 1
     for row in rows.values():
         assert row["step_ratio_min"] <= row["step_ratio"] <= row["step_ratio_max"]
         assert row["step_seconds"] > 0
-    assert "octav" in capsys.readouterr().out
+    assert "octav, carried" in capsys.readouterr().out
 
 
 PROGRAM = """
@@ -45,8 +50,10 @@ ENTRY %main (p: f32[2]) -> f32[2] {
 
 def test_collectives_are_counted_as_often_as_they_run():
     assert traffic(PROGRAM) == Traffic(5 + 1 + 2, 5 * 8 + 12 + 2 * (64 + 4))
+    unknown = PROGRAM.replace("known_trip_count", "unknown")
+    assert traffic(unknown, unknown_trips=1) == Traffic(1 + 1 + 2, 8 + 12 + 2 * (64 + 4))
     with pytest.raises(ValueError, match="nobody knows how often body runs"):
-        traffic(PROGRAM.replace("known_trip_count", "unknown"))
+        traffic(unknown)
 
 
 def test_recomputed_layers_of_bert_keep_their_inputs_alone():

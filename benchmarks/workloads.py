@@ -1,0 +1,110 @@
+"""Networks whose training steps are timed, with a batch of noise for each."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks import record
+from qat_jax.models import BERT_BASE, MINILM, BertForQuestionAnswering, CifarResNet, ResNet
+from qat_jax.training.objective import Classification, Normalisation, Objective, SpanExtraction
+
+NORMALISATION = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class Workload(NamedTuple):
+    """A network and what it is trained on.
+
+    Attributes:
+        title: what it is, for people.
+        model: makes it.
+        objective: its loss.
+        batch: makes so many examples.
+        batch_size: how many by default.
+        ends: names of the first convolution, if any, and of the classifier, which stay at 8 bits.
+        vectors: the notation of vectors with integer scales; activations are unsigned after ReLUs.
+    """
+
+    title: str
+    model: Callable[[], nnx.Module]
+    objective: Objective
+    batch: Callable[[int], dict[str, np.ndarray]]
+    batch_size: int
+    ends: tuple[str | None, str]
+    vectors: str
+
+
+def _images(size: int, classes: int) -> Callable[[int], dict[str, np.ndarray]]:
+    def batch(count: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(record.SEED)
+        return {
+            "image": rng.integers(0, 256, (count, size, size, 3), np.uint8),
+            "label": rng.integers(0, classes, count, np.int32),
+        }
+
+    return batch
+
+
+def _questions(length: int, vocabulary: int) -> Callable[[int], dict[str, np.ndarray]]:
+    def batch(count: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(record.SEED)
+        ends = np.sort(rng.integers(0, length, (2, count), np.int32), axis=0)
+        return {
+            "tokens": rng.integers(0, vocabulary, (count, length), np.int32),
+            "token_types": np.zeros((count, length), np.int32),
+            "token_mask": np.ones((count, length), bool),
+            "start": ends[0],
+            "end": ends[1],
+        }
+
+    return batch
+
+
+def _rngs() -> nnx.Rngs:
+    return nnx.Rngs(record.SEED)
+
+
+# Embeddings of few words: a block is about what follows them.
+_BLOCK = dataclasses.replace(MINILM, layers=1, vocabulary=1000)
+
+WORKLOADS = {
+    "resnet20": Workload(
+        title="ResNet-20, 32×32 images",
+        model=lambda: CifarResNet(20, rngs=_rngs()),
+        objective=Classification(NORMALISATION),
+        batch=_images(32, 10),
+        batch_size=128,
+        ends=("conv1", "linear"),
+        vectors="4/4U/4/6",
+    ),
+    "minilm-block": Workload(
+        title="one layer of MiniLM, 256 tokens",
+        model=lambda: BertForQuestionAnswering(_BLOCK, rngs=_rngs()),
+        objective=SpanExtraction(),
+        batch=_questions(256, _BLOCK.vocabulary),
+        batch_size=16,
+        ends=(None, "answer"),
+        vectors="4/4/4/6",
+    ),
+    "resnet50": Workload(
+        title="ResNet-50 in bfloat16, 224×224 images",
+        model=lambda: ResNet(50, dtype=jnp.bfloat16, rngs=_rngs()),
+        objective=Classification(NORMALISATION),
+        batch=_images(224, 1000),
+        batch_size=256,
+        ends=("conv1", "fc"),
+        vectors="4/4U/4/6",
+    ),
+    "bert-base": Workload(
+        title="BERT-base in bfloat16, 384 tokens",
+        model=lambda: BertForQuestionAnswering(BERT_BASE, dtype=jnp.bfloat16, rngs=_rngs()),
+        objective=SpanExtraction(),
+        batch=_questions(384, BERT_BASE.vocabulary),
+        batch_size=32,
+        ends=(None, "answer"),
+        vectors="4/4/4/6",
+    ),
+}
