@@ -36,9 +36,10 @@ def test_refined_thresholds_are_as_good_as_converged_ones(bits, kind, start):
     assert modelled_error(x, found, bits) <= 1.001 * modelled_error(x, best, bits)
 
 
-def test_a_good_start_takes_one_iteration():
+@pytest.mark.parametrize("share", [0.99, 1.0, 1.01])
+def test_a_good_start_takes_one_iteration(share):
     x, format = data("relu"), qj.Int(4, signed=True, narrow=True)
-    start = 1.01 * qj.Octav(60).threshold(x, format, (0, 1))
+    start = share * qj.Octav(60).threshold(x, format, (0, 1))
     a = np.asarray(x, np.float64)
     above, inside = a > float(start[0, 0]), (a > 0) & (a <= float(start[0, 0]))
     once = a[above].sum() / (inside.sum() / (12 * 7**2) + above.sum())

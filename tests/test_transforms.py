@@ -95,7 +95,7 @@ def on_eight_devices():
     # The search must not gather the array: one sum and one count travel, together, in each of the
     # Newton steps and in the one that finds the mean.
     program = jax.jit(lambda x: octav(x, Int(4))).lower(sharded).compile().as_text()
-    assert traffic(program) == Traffic(collectives=11, bytes=11 * 2 * 4)
+    assert traffic(program) == Traffic(collectives=11, bytes=11 * 3 * 4)
 
     # With a threshold for each shard nothing travels at all.
     local = Quantizer(Int(4), PerShard(8), Octav())

@@ -13,6 +13,8 @@ from qat_jax.formats import Format
 
 # Elements that are added up in one go.
 _BLOCK = 8192
+# A last axis below this length joins the one before it.
+_SHORT = 256
 # Partial sums of an axis that is summed alone.
 _PARTIAL = 16
 # Groups of at most so many elements are reduced all at once, one a lane.
@@ -53,7 +55,8 @@ def _parts(size: int) -> tuple[int, ...]:
 def groups_last(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Move the reduced axes to the end, where reductions are fast, and split the long ones.
 
-    Axes are not merged: that would gather a sharded array. Zeros fill the last block of a split
+    The first axis, along which arrays are sharded, is never merged with another: that would gather
+    the array; of others the last are, where they are short. Zeros fill the last block of a split
     axis; they count for nothing. No axis is left alone: along the first, `sums` adds all arrays as
     one, which is slow for more than partial sums.
     """
@@ -62,6 +65,8 @@ def groups_last(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         raise ValueError(f"a group of {size} elements is more than an int32 can count")
     kept = tuple(axis for axis in range(x.ndim) if axis not in axes)
     x = x.transpose(kept + axes)
+    while x.ndim > len(kept) + 2 and x.shape[-1] < _SHORT:
+        x = x.reshape(*x.shape[:-2], -1)
     for axis in reversed(range(len(kept), x.ndim)):
         if x.shape[axis] > _BLOCK:
             x = _split(x, axis, _BLOCK)

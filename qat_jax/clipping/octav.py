@@ -1,12 +1,10 @@
 """OCTAV: the threshold of least mean squared error, by Newton-Raphson."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from qat_jax.clipping.groups import arranged, keepdims_shape, sums
@@ -55,18 +53,10 @@ class Octav:
     def threshold(self, x: jax.Array, format: Format, axes: tuple[int, ...]) -> jax.Array:
         """The fixed point for each group of x; a ValueError if the codes are not evenly spaced."""
         problem = self._problem(x, format, axes)
-
-        def newton(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            s, nonzero = carry
-            total, above = problem.tail(s)
-            # All elements but the zeros lie above the first s, which is 0. That step has no
-            # rounding noise to weigh and so lands on the mean: the start needs no code of its own.
-            nonzero = jnp.maximum(nonzero, above)
-            return problem.newton(s, total, above, nonzero), nonzero
-
-        # A loop, not an unrolled chain: on the CPU it keeps XLA from recomputing x in every pass.
-        start = (problem.zeros, problem.zeros)
-        s, _ = lax.fori_loop(0, self.iterations + 1, newton, start)
+        # From 0, where all but the zeros lie above and no rounding noise weighs, the first step
+        # lands on the mean: the start needs no code of its own. A loop, not an unrolled chain: on
+        # the CPU it keeps XLA from recomputing x in every pass.
+        s = lax.fori_loop(0, self.iterations + 1, lambda _, s: problem.newton(s)[0], problem.zeros)
         return s.reshape(keepdims_shape(x, axes))
 
     def refined(
@@ -86,7 +76,8 @@ class Octav:
           start: thresholds of x's shape with ``axes`` at length 1; those not finite begin anew.
         """
         problem = self._problem(x, format, axes)
-        start = start.astype(problem.zeros.dtype).reshape(problem.zeros.shape)
+        start = lax.stop_gradient(start).astype(problem.zeros.dtype)
+        start = start.reshape(problem.zeros.shape)
         start = jnp.where(jnp.isfinite(start), start, 0) + problem.zeros
 
         def unsettled(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
@@ -98,9 +89,9 @@ class Octav:
             carry: tuple[jax.Array, jax.Array, jax.Array],
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
             i, s, _ = carry
-            total, above, nonzero = problem.tail_and_nonzero(s)
-            found = problem.newton(s, total, above, nonzero)
-            return i + 1, jnp.where((i == 0) & (total == 0), 0, found), s
+            found, above = problem.newton(s)
+            # Where nothing lies above the start, no step leads on.
+            return i + 1, jnp.where((i == 0) & (above == 0), 0, found), s
 
         _, s, _ = lax.while_loop(unsettled, newton, (jnp.int32(0), start, start))
         return s.reshape(keepdims_shape(x, axes))
@@ -166,32 +157,28 @@ class _Problem(NamedTuple):
     c: jax.Array
     zeros: jax.Array
 
-    def newton(
-        self, s: jax.Array, total: jax.Array, above: jax.Array, nonzero: jax.Array
-    ) -> jax.Array:
-        """The next s, from the sum and the count of the magnitudes above it (equation 6)."""
-        weight = self.c * (nonzero - above) + above
-        # Nothing lies above an s of 0, of infinity, or that rounding took to the maximum: stay.
-        return jnp.where(total == 0, s, total / jnp.where(weight > 0, weight, 1))
+    def newton(self, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The next s, and how much lies above this one, from one pass over the groups (equation 6).
 
-    def tail(self, s: jax.Array) -> Sequence[jax.Array]:
-        """Sum and count of the magnitudes above s in each group, from one pass."""
-        return sums(self._above(s), self.axes)
-
-    def tail_and_nonzero(self, s: jax.Array) -> Sequence[jax.Array]:
-        """`tail`, and the count of what is not 0."""
-        nonzero = jnp.where(self._magnitude == 0, 0, 1).astype(jnp.int32)
-        return sums((*self._above(s), nonzero), self.axes)
-
-    @property
-    def _magnitude(self) -> jax.Array:
-        return self.format.magnitude(self.groups).astype(self.zeros.dtype)
-
-    def _above(self, s: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Magnitudes, 0 where not above s, and whether they are.
-
-        Counted with int32: XLA's CPU backend vectorises the pair only then.
+        What lies above s is summed as excess over it. Whatever is summed depends on s: XLA would
+        compute all else, such as magnitudes, ahead of a loop and write it to memory. Counts are
+        int32, since only then XLA's CPU backend uses vectors.
         """
-        inside = self._magnitude <= jnp.expand_dims(s, self.axes)  # NaN is not
-        above = jnp.where(inside, np.zeros((), s.dtype), self._magnitude)
-        return above, jnp.where(inside, 0, 1).astype(jnp.int32)
+        wide = jnp.expand_dims(s, self.axes)
+        x = self.groups.astype(s.dtype)
+        clipped = jnp.minimum(x, wide)
+        if self.format.signed is False:
+            nonzero = clipped > 0
+        else:
+            clipped = jnp.maximum(clipped, -wide)
+            nonzero = clipped != 0
+        excess = jnp.abs(x - clipped)
+        is_above = excess != 0  # NaN is
+        flags = (jnp.where(flag, 1, 0).astype(jnp.int32) for flag in (is_above, nonzero))
+        excess, above, nonzero = sums((excess, *flags), self.axes)
+        # At s = 0 all is clipped to 0.
+        inside = jnp.maximum(nonzero - above, 0)
+        weight = self.c * inside + above
+        found = (excess + s * above) / jnp.where(weight > 0, weight, 1)
+        # Nothing lies above an s of 0, or that rounding took to the maximum: stay.
+        return jnp.where((above == 0) | ~jnp.isfinite(s), s, found), above
