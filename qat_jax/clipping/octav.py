@@ -13,7 +13,7 @@ from qat_jax.formats import Format, Int
 from qat_jax.granularity import normalize_axes
 
 # A refined threshold that moves by no more than this share is settled.
-_SETTLED = 0.02
+SETTLED = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +64,10 @@ class Octav:
     ) -> jax.Array:
         """The fixed point for each group of x, from thresholds that were right a little before.
 
-        Iterates until no threshold moves by more than 2 %, which near the fixed point an iteration
-        takes most of away, and the error grows with the square of what is left
-        (`results/carried_*.json`). A start beyond all of its group, from which no iteration leads
-        down, is replaced by 0.
+        Iterates until no threshold moves by more than 2 %. Near the fixed point the last iteration
+        takes away most of the distance, and the error grows with the square of what is left
+        (measured in `results/carried_resnet20.json`). A start beyond all of its group, from which
+        no iteration leads down, is replaced by 0.
 
         Args:
           x: floating-point array.
@@ -82,7 +82,7 @@ class Octav:
 
         def unsettled(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             i, s, last = carry
-            moves = ~(jnp.abs(s - last) <= _SETTLED * s)  # NaN never settles
+            moves = ~(jnp.abs(s - last) <= SETTLED * s)  # NaN never settles
             return (i == 0) | ((i < self.iterations + 2) & jnp.any(moves))
 
         def newton(
