@@ -143,7 +143,7 @@ def in_double(model: nnx.Module) -> nnx.Module:
     model = copy_model(model)
     for _, module in nnx.iter_graph(model):
         if isinstance(module, nnx.Module) and getattr(module, "dtype", None) is not None:
-            module.dtype = np.dtype(np.float64)  # else layers would take their parameters down again
+            module.dtype = np.dtype(np.float64)  # else layers take their parameters down again
     widened = jax.tree.map(
         lambda x: x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x,
         nnx.state(model),
