@@ -141,9 +141,8 @@ def agreement(bench: Bench, simulated: nnx.Module, integers: nnx.Module) -> dict
 def in_double(model: nnx.Module) -> nnx.Module:
     """A copy with parameters, statistics and thresholds in float64, which computes in it."""
     model = copy_model(model)
-    for _, module in nnx.iter_graph(model):
-        if isinstance(module, nnx.Module) and getattr(module, "dtype", None) is not None:
-            module.dtype = np.dtype(np.float64)  # else layers take their parameters down again
+    # Else layers that were made for float32 take their parameters down again.
+    model.set_attributes(dtype=np.dtype(np.float64), raise_if_not_found=False)
     widened = jax.tree.map(
         lambda x: x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x,
         nnx.state(model),

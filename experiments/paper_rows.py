@@ -87,9 +87,9 @@ Each file names its command, commit, device and seed. No accelerator and no Imag
 were at hand; the counterparts are smaller networks on fewer images.
 
 - OCTAV, tables 1 and 2. CIFAR-10, ResNet-20 retrained from its float weights for one epoch, at 3
-  and 4 bits: [`qat_cifar10_resnet20.md`](qat_cifar10_resnet20.md); for two at 3 bits, with images
-  held out: [`qat_cifar10_resnet20_held_out.md`](qat_cifar10_resnet20_held_out.md). Handwritten
-  digits, ResNet-8 from scratch, three seeds: [`quickstart.json`](quickstart.json).
+  and 4 bits: [`qat_cifar10_resnet20.md`](qat_cifar10_resnet20.md); for two to five epochs at
+  2 to 4 bits, with images held out:
+  [`qat_cifar10_resnet20_held_out.md`](qat_cifar10_resnet20_held_out.md). Handwritten digits, ResNet-8 from scratch, three seeds: [`quickstart.json`](quickstart.json).
 - OCTAV's ImageNet networks: one training step of each at 4 bits, 16 images of noise of full size:
   [`imagenet_steps.json`](imagenet_steps.json). It says that the recipes run, and nothing else.
 - VS-Quant, tables 2 to 5. CIFAR-10, pretrained ResNet-20 and ResNet-56: `ptq_resnet20_*.csv` and
@@ -114,7 +114,8 @@ were at hand; the counterparts are smaller networks on fewer images.
   scales: `ptq_minilm_bert_vectors.csv`, `ptq_minilm_bert_scales.csv`.
 - Scale products rounded to 3 to 8 bits, which VS-Quant does not report, and networks in integers
   beside their simulation: `integers.json`.
-- Bits of each kernel chosen by sensitivity, ResNet-20 at 3.02 bits on average: `inspect_resnet20*`.
+- Bits of each kernel chosen by sensitivity, beside the same bits everywhere: ResNet-20 at 3.02 bits
+  on average, `inspect_resnet20*`; MobileNet v1 at 4.00, `inspect_mobilenet_v1*`.
 - ONNX Runtime beside JAX, ResNet-20: `onnx_resnet20.json`. Every 8-bit and every frozen 4-bit
   answer is the same; on a CPU without VNNI the 8-bit graph is 0.27 of the float graph's size and
   takes 1.8 times its time.
