@@ -87,9 +87,10 @@ Each file names its command, commit, device and seed. No accelerator and no Imag
 were at hand; the counterparts are smaller networks on fewer images.
 
 - OCTAV, tables 1 and 2. CIFAR-10, ResNet-20 retrained from its float weights for one epoch, at 3
-  and 4 bits: [`qat_cifar10_resnet20.md`](qat_cifar10_resnet20.md); for two to five epochs at
-  2 to 4 bits, with images held out:
-  [`qat_cifar10_resnet20_held_out.md`](qat_cifar10_resnet20_held_out.md). Handwritten digits, ResNet-8 from scratch, three seeds: [`quickstart.json`](quickstart.json).
+  and 4 bits: [`qat_cifar10_resnet20.md`](qat_cifar10_resnet20.md); for two to five epochs at 2 to 4
+  bits, with images held out:
+  [`qat_cifar10_resnet20_held_out.md`](qat_cifar10_resnet20_held_out.md). Handwritten digits,
+  ResNet-8 from scratch, three seeds: [`quickstart.json`](quickstart.json).
 - OCTAV's ImageNet networks: one training step of each at 4 bits, 16 images of noise of full size:
   [`imagenet_steps.json`](imagenet_steps.json). It says that the recipes run, and nothing else.
 - VS-Quant, tables 2 to 5. CIFAR-10, pretrained ResNet-20 and ResNet-56: `ptq_resnet20_*.csv` and
