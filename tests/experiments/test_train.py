@@ -12,7 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import build, cli, train
+import qat_jax as qj
+from experiments import build, cli, runs, tasks, train
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import create_state
 
@@ -216,6 +217,30 @@ def test_weights_and_activations_are_quantised_on_request(tmp_path):
     assert first["diagnostics/layer2/0/conv1/weights/threshold_over_max"] == 1
     assert 0 < first["diagnostics/layer2/0/conv1/weights/sqnr_db"] < 12
     assert first["diagnostics/conv1/weights/sqnr_db"] > 30
+
+
+def test_carried_thresholds_are_saved_and_taken_up_again(tmp_path):
+    config, changes = "configs/digits.py:bits=4,scaling=carried", "--config.total_epochs=1"
+    assert main(tmp_path / "whole", changes, config=config) == 0
+    arguments = command(tmp_path / "killed", changes, config=config)[1:]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_SAVING, *arguments],
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert main(tmp_path / "killed", changes, config=config) == 0
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+    parsed = cli.parse(command(tmp_path / "whole", changes, config=config)).config
+    example = tasks.first_inputs(build.task(parsed), build.task(parsed).test_source(), 2)
+    model = runs.trained_model(parsed, tmp_path / "whole", *example)
+    carried = qj.operand_quantizers(model)["layer2/0/conv1/activations"].carried.get_value()
+    untrained = build.quantised_model(parsed)
+    qj.carry_thresholds(untrained, *example)
+    before = qj.operand_quantizers(untrained)["layer2/0/conv1/activations"].carried.get_value()
+    assert carried.shape == before.shape
+    assert carried != before
 
 
 @pytest.mark.parametrize(
