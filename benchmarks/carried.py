@@ -31,7 +31,7 @@ from benchmarks import record
 from configs import cifar10_resnet20
 from experiments import build, tasks
 from qat_jax import data
-from qat_jax.clipping.octav import settled
+from qat_jax.clipping.octav import noise_constant, settled
 from qat_jax.nnx import Operand, is_weight
 from qat_jax.training.optimizer import make_optimizer, make_schedule
 from qat_jax.training.state import GraphDefs, TrainState, create_state
@@ -51,9 +51,10 @@ def make_tracer(graphdefs: GraphDefs, inputs: Callable) -> Callable[[TrainState,
         before = _carried(model)
         _, captured = nnx.capture(model, Operand)(*inputs(batch))
         after = _carried(model)
+        quantizers = qj.operand_quantizers(model)
         found = {}
         for path, x in qj.captured_by_operand(captured).items():
-            quantizer = qj.operand_quantizers(model)[path].quantizer
+            quantizer = quantizers[path].quantizer
             channel_axis = -1 if is_weight(path) else None
             axes = quantizer.granularity.groups(x.ndim, channel_axis, None).axes
             converged = qj.Octav(_CONVERGED).threshold(x, quantizer.format, axes)
@@ -61,10 +62,9 @@ def make_tracer(graphdefs: GraphDefs, inputs: Callable) -> Callable[[TrainState,
                 jnp.sum((x - qj.fake_quant(x, quantizer, threshold=s)) ** 2)
                 for s in (after[path], converged)
             )
-            c = jnp.asarray(1 / (12 * quantizer.format.grid(x).steps ** 2))
             found[path] = {
                 "error_over_converged": carried / converged,
-                "one_pass": settled(after[path], before[path], c),
+                "one_pass": settled(after[path], before[path], noise_constant(x, quantizer.format)),
             }
         return found
 

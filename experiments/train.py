@@ -27,6 +27,7 @@ and result.json; with --config.profile also a trace of a few steps.
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,24 +99,20 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if config.get("retrains") and config.model.pretrained is None:
             raise ValueError("this recipe retrains a network: pass --config.model.pretrained=FILE")
         model = build.quantised_model(config)
-        if config.quant.static_batches:
-            inputs = tasks.calibration_inputs(
+
+        def first_inputs(count: int) -> Iterator[tuple[jax.Array, ...]]:
+            return tasks.calibration_inputs(
                 task,
                 task.calibration_source(),
                 batch_size=config.batch_size,
                 seed=config.seed,
-                count=config.quant.static_batches,
+                count=count,
             )
-            qj.calibrate(model, inputs)
+
+        if config.quant.static_batches:
+            qj.calibrate(model, first_inputs(config.quant.static_batches))
         if config.quant.carried:
-            batch = tasks.calibration_inputs(
-                task,
-                task.calibration_source(),
-                batch_size=config.batch_size // config.accumulate,
-                seed=config.seed,
-                count=1,
-            )
-            qj.carry_thresholds(model, *next(batch))
+            qj.carry_thresholds(model, *next(first_inputs(1)))
 
         # Durations
         steps_per_epoch = max(len(train_source) // config.batch_size, 1)

@@ -15,6 +15,7 @@ from qat_jax.granularity import PerTensor
 from qat_jax.nnx import (
     Candidate,
     Carried,
+    OperandQuantizer,
     Threshold,
     captured_by_operand,
     is_weight,
@@ -66,8 +67,7 @@ def calibrate(
     quantizers = {
         path: quantizer
         for path, quantizer in operand_quantizers(model).items()
-        if re.fullmatch(operands, path)
-        and (is_weight(path) or isinstance(quantizer.quantizer.granularity, PerTensor))
+        if re.fullmatch(operands, path) and _outlives_a_batch(path, quantizer)
     }
     if not quantizers:
         raise ValueError(
@@ -129,7 +129,7 @@ def carry_thresholds(model: nnx.Module, *inputs: Any) -> tuple[str, ...]:
         for path, quantizer in operand_quantizers(model).items()
         if quantizer.quantizer.refines
         and quantizer.threshold is None
-        and (is_weight(path) or isinstance(quantizer.quantizer.granularity, PerTensor))
+        and _outlives_a_batch(path, quantizer)
     }
     if not quantizers:
         raise ValueError(
@@ -185,6 +185,11 @@ def load_thresholds(model: nnx.Module, path: str | Path) -> None:
         )
     for name, array in arrays.items():
         quantizers[name].threshold = Threshold(jnp.asarray(array))
+
+
+def _outlives_a_batch(path: str, quantizer: OperandQuantizer) -> bool:
+    """Whether the thresholds of an operand mean something for other batches than their own."""
+    return is_weight(path) or isinstance(quantizer.quantizer.granularity, PerTensor)
 
 
 def _observer(model: nnx.Module) -> Callable[..., dict[str, jax.Array]]:

@@ -92,7 +92,7 @@ def on_eight_devices():
         by_hand = [jax.grad(loss)(part, quantizer) for part in parts]
         np.testing.assert_allclose(gradient, jnp.concatenate(by_hand), rtol=1e-4, atol=1e-5)
 
-    # The search must not gather the array: one sum and one count travel, together, in each of the
+    # The search must not gather the array: one sum and two counts travel, together, in each of the
     # Newton steps and in the one that finds the mean.
     program = jax.jit(lambda x: octav(x, Int(4))).lower(sharded).compile().as_text()
     assert traffic(program) == Traffic(collectives=11, bytes=11 * 3 * 4)

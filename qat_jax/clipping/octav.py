@@ -106,13 +106,12 @@ class Octav:
         x = lax.stop_gradient(x)
         # The paper's constants are those of the plain grid, whatever grid is used.
         model = format if self.noise == "grid" else dataclasses.replace(format, narrow=False)
-        c = 1 / (12 * jnp.square(model.grid(x).steps))
         groups, group_axes = arranged(x, axes)
         dtype = accumulation_dtype(x)
         # Zeros like a sum over x, which is never computed: inside shard_map a loop's state has to
         # vary over the mesh from the start, as x does.
         zeros = jnp.zeros_like(jnp.sum(groups, group_axes), dtype)
-        return _Problem(groups, group_axes, format, jnp.asarray(c, dtype), zeros)
+        return _Problem(groups, group_axes, format, noise_constant(x, model), zeros)
 
 
 def octav(
@@ -194,6 +193,11 @@ class _Problem(NamedTuple):
         found = (excess + s * above) / jnp.where(weight > 0, weight, 1)
         # Nothing lies above an s of 0, or that rounding took to the maximum: stay.
         return jnp.where((above == 0) | ~jnp.isfinite(s), s, found), above, inside
+
+
+def noise_constant(x: jax.Array, format: Format) -> jax.Array:
+    """The mean square of rounding noise at a threshold of 1, 1/(12 L²)."""
+    return jnp.asarray(1 / (12 * jnp.square(format.grid(x).steps)), accumulation_dtype(x))
 
 
 def settled(s: jax.Array, before: jax.Array, c: jax.Array) -> jax.Array:
