@@ -32,7 +32,14 @@ from rich.table import Table
 
 import qat_jax as qj
 from benchmarks import record
-from benchmarks.workloads import NORMALISATION
+from benchmarks.workloads import (
+    NORMALISATION,
+    WORKLOADS,
+    Quantise,
+    carried,
+    unquantised,
+    w4a4,
+)
 from qat_jax.models import CifarResNet
 from qat_jax.training.objective import Classification
 from qat_jax.training.sharding import Placement
@@ -47,7 +54,6 @@ _WHILE = re.compile(r" while\(.*body=%?(?P<body>[\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALL = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)|branch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
-CARRIED = "octav, carried"
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
 
 
@@ -113,38 +119,21 @@ def _size(shape: str) -> int:
     )
 
 
-def policies(devices: int) -> dict[str, qj.Policy | None]:
+def contestants(devices: int) -> dict[str, Quantise]:
     """What is compared: no quantisers, and the paper's W4A4 recipe."""
-
-    def w4a4(clipping: qj.AbsMax | qj.Octav, shards: int = 1) -> qj.Policy:
-        granularity = qj.PerTensor() if shards == 1 else qj.PerShard(shards)
-        return qj.uniform_policy(
-            4,
-            4,
-            clipping=clipping,
-            first="conv1",
-            last="linear",
-            activation_granularity=granularity,
-        )
-
+    ends = WORKLOADS["resnet20"].ends
     return {
-        "float32": None,
-        "max": w4a4(qj.AbsMax()),
-        "octav": w4a4(qj.Octav(10)),
-        CARRIED: w4a4(qj.Octav(10)),
-        "octav, a threshold a shard": w4a4(qj.Octav(10), devices),
+        "float32": unquantised,
+        "max": w4a4(ends, qj.AbsMax()),
+        "octav": w4a4(ends, qj.Octav(10)),
+        "octav, carried": carried(w4a4(ends, qj.Octav(10))),
+        "octav, a threshold a shard": w4a4(ends, qj.Octav(10), shards=devices),
     }
 
 
-def step_traffic(
-    depth: int, batch_size: int, devices: int, policy: qj.Policy | None, *, carried: bool = False
-) -> Traffic:
+def step_traffic(depth: int, batch_size: int, devices: int, quantise: Quantise) -> Traffic:
     """The traffic of one training step over the first so many devices."""
-    model: nnx.Module = CifarResNet(depth, rngs=nnx.Rngs(0))
-    if policy is not None:
-        model = qj.quantize_model(model, policy)
-    if carried:
-        qj.carry_thresholds(model, np.ones((1, 32, 32, 3), np.float32))
+    model = quantise(CifarResNet(depth, rngs=nnx.Rngs(0)), (np.ones((1, 32, 32, 3), np.float32),))
     placement = Placement.over(jax.devices()[:devices])
     schedule = optax.constant_schedule(0.01)
     optimizer = optax.sgd(schedule, momentum=0.9)
@@ -161,7 +150,7 @@ def step_traffic(
         "label": jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=placement.batch),
     }
     compiled = step.lower(placement.shard_state(state), batch).compile()  # type: ignore[attr-defined]
-    return traffic(compiled.as_text(), unknown_trips=1 if carried else None)
+    return traffic(compiled.as_text(), unknown_trips=1)
 
 
 def main() -> int:
@@ -184,11 +173,9 @@ def main() -> int:
     rows: dict[str, dict[str, dict[str, int]]] = {}
     for devices in counts:
         table.add_column(f"{devices} devices", justify="right")
-        for name, policy in policies(devices).items():
+        for name, quantise in contestants(devices).items():
             print(f"compiling for {devices}: {name}", file=sys.stderr)
-            found = step_traffic(
-                arguments.depth, arguments.batch, devices, policy, carried=name == CARRIED
-            )
+            found = step_traffic(arguments.depth, arguments.batch, devices, quantise)
             rows.setdefault(name, {})[str(devices)] = found._asdict()
     for name, row in rows.items():
         cells = (f"{cell['collectives']}, {cell['bytes'] / 1024:.0f}" for cell in row.values())

@@ -33,15 +33,12 @@ from rich.table import Table
 
 import qat_jax as qj
 from benchmarks import record
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.workloads import WORKLOADS, Quantise, Workload, carried, unquantised, w4a4
 from qat_jax.training.state import create_state
 from qat_jax.training.step import make_train_step
 from qat_jax.training.workdir import device
 
 BASELINE = "unquantised"
-
-# Makes a quantised model of a model and a batch for it.
-Quantise = Callable[[nnx.Module, tuple[Any, ...]], nnx.Module]
 
 
 @dataclasses.dataclass
@@ -64,27 +61,19 @@ class Contestant:
 
 def contestants(workload: Workload) -> dict[str, Quantise]:
     """What is compared: the paper's W4A4 recipe with one choice changed at a time, and others."""
-    first, last = workload.ends
-
-    def w4a4(clipping: Any) -> Quantise:
-        policy = qj.uniform_policy(4, 4, clipping=clipping, first=first, last=last)
-        return lambda model, inputs: qj.quantize_model(model, policy)
-
-    def carried(model: nnx.Module, inputs: tuple[Any, ...]) -> nnx.Module:
-        model = w4a4(qj.Octav(10))(model, inputs)
-        qj.carry_thresholds(model, *inputs)
-        return model
+    ends = workload.ends
 
     def vectors(model: nnx.Module, inputs: tuple[Any, ...]) -> nnx.Module:
+        first, last = ends
         policy = qj.Policy.from_notation(workload.vectors, first=first, last=last, gradient="mph")
         return qj.quantize_model(model, policy)
 
     found: dict[str, Quantise] = {
-        BASELINE: lambda model, inputs: model,
-        "fixed thresholds": w4a4(qj.Fixed(1.0)),
-        "max": w4a4(qj.AbsMax()),
-        "octav, 10 iterations": w4a4(qj.Octav(10)),
-        "octav, carried": carried,
+        BASELINE: unquantised,
+        "fixed thresholds": w4a4(ends, qj.Fixed(1.0)),
+        "max": w4a4(ends, qj.AbsMax()),
+        "octav, 10 iterations": w4a4(ends, qj.Octav(10)),
+        "octav, carried": carried(w4a4(ends, qj.Octav(10))),
         f"vectors of 16, {workload.vectors}": vectors,
     }
     if importlib.util.find_spec("qwix"):

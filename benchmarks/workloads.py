@@ -2,15 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import qat_jax as qj
 from benchmarks import record
+from qat_jax.clipping import Clipping
 from qat_jax.models import BERT_BASE, MINILM, BertForQuestionAnswering, CifarResNet, ResNet
 from qat_jax.training.objective import Classification, Normalisation, Objective, SpanExtraction
+
+# Makes a quantised model of a model and of what it is called with.
+Quantise = Callable[[nnx.Module, tuple[Any, ...]], nnx.Module]
+Ends = tuple[str | None, str]
 
 NORMALISATION = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -33,8 +39,39 @@ class Workload(NamedTuple):
     objective: Objective
     batch: Callable[[int], dict[str, np.ndarray]]
     batch_size: int
-    ends: tuple[str | None, str]
+    ends: Ends
     vectors: str
+
+
+def unquantised(model: nnx.Module, inputs: tuple[Any, ...]) -> nnx.Module:
+    """The model itself."""
+    del inputs
+    return model
+
+
+def w4a4(ends: Ends, clipping: Clipping, shards: int = 1) -> Quantise:
+    """OCTAV's recipe at 4 bits, with another clipping, or thresholds for parts of a batch."""
+    first, last = ends
+    policy = qj.uniform_policy(
+        4,
+        4,
+        clipping=clipping,
+        first=first,
+        last=last,
+        activation_granularity=qj.PerTensor() if shards == 1 else qj.PerShard(shards),
+    )
+    return lambda model, inputs: qj.quantize_model(model, policy)
+
+
+def carried(quantise: Quantise) -> Quantise:
+    """The same, with thresholds that are carried from step to step."""
+
+    def quantise_and_carry(model: nnx.Module, inputs: tuple[Any, ...]) -> nnx.Module:
+        model = quantise(model, inputs)
+        qj.carry_thresholds(model, *inputs)
+        return model
+
+    return quantise_and_carry
 
 
 def _images(size: int, classes: int) -> Callable[[int], dict[str, np.ndarray]]:
