@@ -11,7 +11,6 @@ backend undoes rematerialisation, so that its own figures would say nothing abou
 import argparse
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -126,7 +125,7 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="large")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=384, help="tokens of a sequence")
-    parser.add_argument("--out", type=Path, help="where to write JSON, without a suffix")
+    parser.add_argument("--out", type=record.out_path, help="where to write JSON, without a suffix")
     arguments = parser.parse_args()
     console = Console(highlight=False)
     rows = {

@@ -32,6 +32,7 @@ from configs import cifar10_resnet20
 from experiments import build, tasks
 from qat_jax import data
 from qat_jax.clipping.octav import noise_constant, settled
+from qat_jax.data.prepare import DataError
 from qat_jax.nnx import Operand, is_weight
 from qat_jax.training.optimizer import make_optimizer, make_schedule
 from qat_jax.training.state import GraphDefs, TrainState, create_state
@@ -159,16 +160,22 @@ def main() -> int:
     parser.add_argument("--bits", type=int, default=4, help="of weights and activations")
     parser.add_argument("--steps", type=int, default=335, help="of training")
     parser.add_argument("--every", type=int, default=5, help="steps between two that are traced")
-    parser.add_argument("--out", type=Path, help="where to write, without a suffix")
+    parser.add_argument("--out", type=record.out_path, help="where to write, without a suffix")
     arguments = parser.parse_args()
 
-    measured = measure(
-        arguments.bits,
-        arguments.steps,
-        arguments.every,
-        arguments.pretrained,
-        arguments.data_dir,
-    )
+    if min(arguments.steps, arguments.every) < 1:
+        parser.error("--steps and --every are at least 1")
+
+    try:
+        measured = measure(
+            arguments.bits,
+            arguments.steps,
+            arguments.every,
+            arguments.pretrained,
+            arguments.data_dir,
+        )
+    except (FileNotFoundError, DataError) as error:
+        parser.error(str(error))
     title = f"ResNet-20 on CIFAR-10, {arguments.bits} bits, thresholds carried from step to step"
     worst, share = max(measured["worst"]), float(np.mean(measured["single_pass_share"]))
     print(f"{title}: error at most {100 * (worst - 1):.3f} % over the converged threshold's,")

@@ -20,7 +20,6 @@ Prints a table and, with --out, writes it as JSON with command, commit and versi
 import argparse
 import re
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -158,7 +157,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="where to write the JSON, without a suffix")
+    parser.add_argument(
+        "--out", type=record.out_path, help="where to write JSON, without a suffix"
+    )
     parser.add_argument("--depth", type=int, default=20, help="of the ResNet")
     parser.add_argument("--batch", type=int, default=32, help="images in a step, on all devices")
     parser.add_argument("--devices", default="1,2,4,8", help="how many to simulate")

@@ -1,5 +1,6 @@
 """The JSON that a benchmark leaves: what was measured, and what it was measured with."""
 
+import argparse
 import json
 import shlex
 import sys
@@ -9,6 +10,14 @@ from typing import Any
 from qat_jax.training.workdir import device, git_commit, versions
 
 SEED = 0  # of every benchmark
+
+
+def out_path(text: str) -> Path:
+    """The value of --out, refused before anything is measured if nothing can be written there."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}: make it first")
+    return path
 
 
 def write(out: Path, experiment: str, **measured: Any) -> None:

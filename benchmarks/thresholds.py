@@ -19,7 +19,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -145,7 +144,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="where to write the JSON, without a suffix")
+    parser.add_argument(
+        "--out", type=record.out_path, help="where to write JSON, without a suffix"
+    )
     parser.add_argument("--elements", type=int, default=2**20, help="of the array")
     parser.add_argument("--bits", type=int, default=4, help="of a code")
     parser.add_argument("--rounds", type=int, default=5, help="timed searches of each calibrator")

@@ -21,7 +21,6 @@ import importlib.util
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -149,7 +148,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workload", choices=list(WORKLOADS), default="resnet20")
-    parser.add_argument("--out", type=Path, help="where to write the JSON, without a suffix")
+    parser.add_argument(
+        "--out", type=record.out_path, help="where to write JSON, without a suffix"
+    )
     parser.add_argument("--batch", type=int, help="examples in a step; the workload's own if not")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each contestant")
     arguments = parser.parse_args()
