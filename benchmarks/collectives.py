@@ -157,9 +157,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", type=record.out_path, help="where to write JSON, without a suffix"
-    )
+    parser.add_argument("--out", type=record.out_path, help="where to write JSON, without a suffix")
     parser.add_argument("--depth", type=int, default=20, help="of the ResNet")
     parser.add_argument("--batch", type=int, default=32, help="images in a step, on all devices")
     parser.add_argument("--devices", default="1,2,4,8", help="how many to simulate")

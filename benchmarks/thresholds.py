@@ -144,9 +144,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", type=record.out_path, help="where to write JSON, without a suffix"
-    )
+    parser.add_argument("--out", type=record.out_path, help="where to write JSON, without a suffix")
     parser.add_argument("--elements", type=int, default=2**20, help="of the array")
     parser.add_argument("--bits", type=int, default=4, help="of a code")
     parser.add_argument("--rounds", type=int, default=5, help="timed searches of each calibrator")
