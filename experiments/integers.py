@@ -5,9 +5,9 @@ Usage:
         [--config.KEY=VALUE …]
 
 Measures the simulated network, which computes with floats, and the one in integers beside it: the
-accuracy of each, how many examples get another answer, and the largest difference of their outputs.
-In float32 the simulation rounds its sums, which may give an activation the code beside its own; all
-of it is compared once more in float64, where both should answer alike.
+accuracy of each, how many images or windows of text get another answer, and the largest difference
+of their outputs. In float32 the simulation rounds its sums, which may give an activation the code
+beside its own; all of it is compared once more in float64, where both answer alike.
 Then it rounds the product of the two scales of a vector to --config.scale_product_bits bits each
 (VS-Quant, arXiv:2102.04503, section 6, names the choice and not what it costs).
 
@@ -104,9 +104,10 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "by_scale_product_bits": {str(b): a for b, a in accuracy.items() if b is not None},
     }
     logger.info(
-        "%d examples: simulated %.2f %%, in integers %.2f %%, %d other answers, %d in float64",
+        "%d examples: simulated %.2f %%, in integers %.2f %%; of %d answers %d are others, "
+        "in float64 %d",
         *(metrics["count"], 100 * metrics["simulated_accuracy"]),
-        *(100 * metrics["integer_accuracy"], metrics["other_answers"]),
+        *(100 * metrics["integer_accuracy"], metrics["answers"], metrics["other_answers"]),
         compared_in_double["other_answers"],
     )
     rounded = {b: 100 * a for b, a in accuracy.items() if b is not None}
@@ -127,11 +128,12 @@ def _name_and_full_width(config: ConfigDict) -> tuple[str, int]:
 
 
 def agreement(bench: Bench, simulated: nnx.Module, integers: nnx.Module) -> dict[str, Any]:
-    """How alike two networks answer to all test examples."""
+    """How alike two networks answer to all test examples; a long text is asked in windows."""
     expected, found = outputs(bench, simulated), outputs(bench, integers)
     # Classes of an image, positions of an answer.
     other = expected.argmax(1) != found.argmax(1)
     return {
+        "answers": len(other),
         "other_answers": int(np.sum(other.reshape(len(other), -1).any(1))),
         "largest_output": float(np.abs(expected).max()),
         "largest_difference": float(np.abs(expected - found).max()),
@@ -152,7 +154,7 @@ def in_double(model: nnx.Module) -> nnx.Module:
 
 
 def outputs(bench: Bench, model: nnx.Module) -> np.ndarray:
-    """What a network says to every test example: [N, classes], or [N, positions, 2]."""
+    """What a network says to every image or window: [N, classes], or [N, positions, 2]."""
     devices = Placement.over_all_devices()
     graphdefs, state = create_state(model, optax.identity())
     step = make_predict_step(graphdefs, objective=bench.task.objective, placement=devices)

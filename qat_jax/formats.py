@@ -71,7 +71,7 @@ class Grid(NamedTuple):
 
     def round(self, codes: jax.Array) -> jax.Array:
         """Round to the nearest code, ties to even, saturating; NaN stays NaN."""
-        return jnp.clip(jnp.round(codes), self.low, self.high)
+        return jnp.clip(jnp.round(_with_ties(codes)), self.low, self.high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +202,7 @@ class FloatGrid(NamedTuple):
 
     def round(self, codes: jax.Array) -> jax.Array:
         """Round to the nearest number, ties to an even mantissa, saturating; NaN stays NaN."""
-        codes = jnp.clip(codes, -self.high, self.high)
+        codes = jnp.clip(_with_ties(codes), -self.high, self.high)
         _, exponent = jnp.frexp(codes)  # |codes| = m 2**exponent with m in [0.5, 1)
         spacing = jnp.maximum(exponent - 1, self.min_exponent) - self.mantissa
         # Powers of two: neither product rounds.
@@ -303,6 +303,16 @@ class Float:
 
 
 _LARGEST = {(2, 1): 6.0, (2, 3): 7.5, (3, 2): 28.0, (4, 3): 448.0, (5, 2): 57344.0}
+
+
+def _with_ties(codes: jax.Array) -> jax.Array:
+    """Lets what lies within float32's resolution of a tie be one, in float64 too.
+
+    Products of codes are rational, so that results often lie exactly between two codes, and the
+    last bit of a float64, by which two ways of computing one differ, would decide what they round
+    to. float32 holds every tie of every format.
+    """
+    return codes.astype(jnp.float32).astype(codes.dtype) if codes.dtype == jnp.float64 else codes
 
 
 def _times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:

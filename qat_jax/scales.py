@@ -142,13 +142,13 @@ class IntScale:
         step = exact_step(threshold, steps)
         groups = self.coarse.groups(step.ndim, channel_axis, None)
         limit = groups.reduce(step, lambda x, axes: self.clipping.threshold(x, self._format, axes))
-        highest = self._format.grid(step).high
-        coarse = exact_step(limit, highest)
+        grid = self._format.grid(step)
+        coarse = exact_step(limit, grid.high)
         ratio = step * reciprocal(coarse)
         if self.order == "coarse-first":
             # A ratio that only rounding took beyond an integer does not need the next one.
             ratio = jnp.ceil(ratio * (1 - 4 * jnp.finfo(ratio.dtype).eps))
-        ratio = jnp.clip(jnp.round(ratio), 0, highest)
+        ratio = grid.round(ratio)
         if self.zero == "one":
             ratio = jnp.where((ratio == 0) & (step > 0), 1, ratio)
         # Integers cannot hold a NaN; the coarse scale has it.

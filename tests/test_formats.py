@@ -1,8 +1,9 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qat_jax import Int
+from qat_jax import Float, Int
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,26 @@ def test_rounding_is_to_even_and_saturates():
     grid = Int(3).grid(jnp.zeros(1))
     codes = grid.round(jnp.array([-9.0, -1.5, -0.5, 0.5, 1.5, 2.5, 9.0, jnp.nan]))
     np.testing.assert_array_equal(codes, [-4, -2, 0, 0, 2, 2, 3, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("format", "ties", "even"),
+    [
+        (Int(4), [-1.5, 0.5, 1.5, 2.5], [-2, 0, 2, 2]),
+        (Int(16), [-32765.5, 32765.5, 32766.5], [-32766, 32766, 32766]),
+        (Float(2, 1), [0.25, 1.25, 2.5, 5.0], [0, 1, 2, 4]),
+    ],
+)
+def test_the_last_bits_of_float64_break_no_tie(format, ties, even):
+    with jax.enable_x64(True):
+        ties = jnp.asarray(ties, jnp.float64)
+        grid = format.grid(ties)
+        for beside in (-1e-12, 0, 1e-12):
+            found = grid.round(ties * (1 + beside))
+            assert found.dtype == jnp.float64
+            np.testing.assert_array_equal(found, even)
+        # What float32 can tell from a tie is none.
+        assert (grid.round(ties * (1 - 1e-6)) != grid.round(ties * (1 + 1e-6))).all()
 
 
 @pytest.mark.parametrize("bits", [0, 1, 17, 32, 4.5])

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,6 +102,21 @@ def test_a_model_in_integers_computes_the_same_up_to_rounding(case, policy):
     packed = pack_model(model, inputs[:1])
     found, expected = run(integer_model(packed), inputs), run(model, inputs)
     np.testing.assert_allclose(found, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+
+
+def test_ties_fall_alike_in_float64():
+    # Attention that looks at one token gives a code times a scale, which the next quantiser finds
+    # exactly between two codes; its 6-bit scales make a vector's difference of a code's.
+    with jax.enable_x64(True):
+        size = dataclasses.replace(SMALL_BERT, layers=6, vocabulary=400)
+        model = BertForQuestionAnswering(size, dtype=jnp.float64, rngs=nnx.Rngs(0))
+        parameters = nnx.state(model, nnx.Param)
+        nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float64), parameters))
+        model = qj.quantize_model(model, "vsquant-4/8/4/6")
+        model.eval()
+        tokens = jnp.arange(400)[:, None]
+        found, expected = (run(m, tokens) for m in (integer_model(pack_model(model, tokens)), model))
+        np.testing.assert_allclose(found, expected, atol=1e-6)  # the head's outputs are float32
 
 
 def test_frozen_thresholds_are_used():
