@@ -33,7 +33,9 @@ def arranged(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int,
     """An array with ``axes`` where reductions are fast, and where that is.
 
     Of many small groups they come first, the longer ones split: a processor's lanes then run across
-    the groups instead of along one that is soon over. Otherwise they come last (`groups_last`).
+    the groups instead of along one that is soon over. The axes of the groups themselves are merged
+    from the end until the last is long enough for that; a leading one may be sharded, which
+    gathers nothing. Otherwise they come last (`groups_last`).
 
     What a reduction over the new axes returns has one entry for each group;
     ``jnp.expand_dims(…, axes)`` spreads it over the groups again.
@@ -41,8 +43,10 @@ def arranged(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int,
     if len(axes) < x.ndim and math.prod(x.shape[axis] for axis in axes) <= _SMALL:
         kept = tuple(axis for axis in range(x.ndim) if axis not in axes)
         sizes = [size for axis in axes for size in _parts(x.shape[axis])]
-        x = x.transpose(axes + kept)
-        return x.reshape(*sizes, *x.shape[len(axes) :]), tuple(range(len(sizes)))
+        lanes = [x.shape[axis] for axis in kept]
+        while len(lanes) > 1 and lanes[-1] < _SHORT:
+            lanes[-2:] = [lanes[-2] * lanes[-1]]
+        return x.transpose(axes + kept).reshape(*sizes, *lanes), tuple(range(len(sizes)))
     groups = groups_last(x, axes)
     return groups, tuple(range(x.ndim - len(axes), groups.ndim))
 
