@@ -9,7 +9,6 @@ backend undoes rematerialisation, so that its own figures would say nothing abou
 """
 
 import argparse
-import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -144,4 +143,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    record.run(main)

@@ -4,8 +4,9 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from qat_jax.training.workdir import device, git_commit, versions
 
@@ -18,6 +19,15 @@ def out_path(text: str) -> Path:
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}: make it first")
     return path
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Ends the program with what `main` returns, or, stopped by Ctrl-C, with a word about it."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped: nothing was written", file=sys.stderr)
+        sys.exit(130)
 
 
 def write(out: Path, experiment: str, **measured: Any) -> None:

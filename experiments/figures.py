@@ -55,7 +55,7 @@ class ErrorCurve:
 
     def summary(self) -> dict[str, Any]:
         """The marked points as JSON values; errors are relative to the mean square."""
-        best = int(self.errors.argmin())
+        best = int(np.argmin(self.errors))
         return {
             "bits": self.format.bits,
             "max": {"threshold": self.maximum, "error": self.maximum_error},

@@ -180,7 +180,7 @@ def _draw_magnitudes(axes: Axes, magnitudes: np.ndarray) -> None:
 
 def _draw_curves(axes: Axes, curves: list[figures.ErrorCurve]) -> None:
     for curve, colour in zip(curves, _COLOURS, strict=True):
-        best = int(curve.errors.argmin())
+        best = int(np.argmin(curve.errors))
         axes.loglog(curve.thresholds, curve.errors, color=colour)
         marks = [
             ("maximum", "s", figures.ORANGE, curve.maximum, curve.maximum_error),

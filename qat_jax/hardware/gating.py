@@ -51,7 +51,7 @@ class ScalePairs:
         weights, activations = (np.arange(size) for size in self.counts.shape)
         least = 2.0 ** (self.bits - kept) / 2  # that does not round to zero
         zero = np.outer(weights, activations) < max(least, 1)
-        return float(self.counts[zero].sum() / self.counts.sum())
+        return float(self.counts[zero].sum()) / float(self.counts.sum())
 
 
 def scale_pairs(model: nnx.Module, *inputs: Any) -> ScalePairs:
