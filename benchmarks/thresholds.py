@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qat_jax as qj
-from benchmarks import record
+from benchmarks import peers, record
 from qat_jax.clipping import Clipping
 from qat_jax.granularity import Granularity
 from qat_jax.training.workdir import device
@@ -84,15 +84,22 @@ def quantizers(bits: int) -> dict[Case, qj.Quantizer]:
     }
 
 
-def measure(x: jax.Array, compared: dict[Case, qj.Quantizer], rounds: int) -> list[dict[str, Any]]:
+def measure(x: jax.Array, bits: int, rounds: int) -> list[dict[str, Any]]:
     """A row for each case: passes (median, least, most), and the error over the exact one's."""
+    compared = quantizers(bits)
     one_pass = jax.jit(lambda x: jnp.sum(jnp.abs(x))).lower(x).compile()
     searches = {case: _compiled(q.threshold, x) for case, q in compared.items()}
     errors = {
         case: float(_compiled(lambda x, *axes, q=q: jnp.mean((x - q(x, *axes)) ** 2), x)(x))
         for case, q in compared.items()
     }
-    passes: dict[Case, list[float]] = {case: [] for case in compared}
+    for names, peer in peers.searches(np.asarray(x), bits).items():
+        case = Case(*names)
+        quantizer = compared[Case(case.granularity, EXACT)]
+        quantised = qj.fake_quant(x, quantizer, channel_axis=1, threshold=jnp.asarray(peer()))
+        errors[case] = float(jnp.mean((x - quantised) ** 2))
+        searches[case] = lambda x, peer=peer: peer()
+    passes: dict[Case, list[float]] = {case: [] for case in searches}
     for _ in range(rounds):
         for case, search in searches.items():
             unit = min(_seconds(one_pass, x) for _ in range(3))
@@ -116,7 +123,7 @@ def _compiled(function: Callable[..., jax.Array], x: jax.Array) -> Callable[...,
     return compiled
 
 
-def _seconds(function: Callable[..., jax.Array], x: jax.Array) -> float:
+def _seconds(function: Callable[..., Any], x: jax.Array) -> float:
     started = time.perf_counter()
     jax.block_until_ready(function(x))
     return time.perf_counter() - started
@@ -134,7 +141,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
         )
         for row in rows
     }
-    for name in CALIBRATORS:
+    for name in dict.fromkeys(row["calibrator"] for row in rows):
         table.add_row(name, *(cells.get((name, where), "–") for where in GRANULARITIES))
     Console().print(table)
 
@@ -156,7 +163,7 @@ def main() -> int:
     for kind, array in numbers(arguments.elements).items():
         print(f"measuring: {kind}", file=sys.stderr)
         x = jax.device_put(array)
-        measured[kind] = measure(x, quantizers(arguments.bits), arguments.rounds)
+        measured[kind] = measure(x, arguments.bits, arguments.rounds)
         title = f"{kind}, {arguments.elements} numbers, {arguments.bits} bits, {device()['kind']}"
         show(measured[kind], title)
     if arguments.out is not None:
