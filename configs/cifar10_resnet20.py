@@ -10,12 +10,12 @@ akamaster/pytorch_resnet_cifar10) and fine-tune it with its quantisers in place:
 
 The float network scores 91.5 % on the first 1,000 test images (standard error about 0.9). Quantised
 with OCTAV it goes from 89.5 to 90.7 % with 4 bits and from 64.3 to 90.0 % with 3; with max scaling
-3 bits end at 85.2 % (results/qat_cifar10_resnet20.md). An epoch of 45,000 images takes three to
-five minutes on two CPU cores.
+3 bits end at 85.2 % (results/qat_cifar10_resnet20.md). An epoch of 45,000 images takes four to
+seven minutes on two CPU cores.
 
 ARG: bits (2 to 8; 32 or "float" is no quantisation) or notation (of vectors, as in 3/3U/4/6, which
 goes from 82.6 to 91.1 % in 200 steps: results/qat_cifar10_resnet20_vectors.md), clipping (octav,
-max, exact), gradient (mph, mad, pwl, ste).
+max, exact, mse, p99.9), gradient (mph, mad, pwl, ste), scaling (dynamic, carried, static).
 """
 
 from ml_collections import ConfigDict

@@ -6,11 +6,13 @@
         --workdir=runs/digits-max-2
 
 Expected test accuracy (360 images, seed 0; an image is 0.28 points, and seeds differ by about a
-point): float 97.5 %; 4 bits, OCTAV 97.8 %, maximum 98.9 %; 2 bits, OCTAV with MPH gradients 98.9 %,
-maximum 93.1 %. Each takes about half a minute on two CPU cores, most of it compilation.
+point): float 97.8 %; 4 bits, OCTAV 98.3 %, maximum 97.8 %; 2 bits, OCTAV with MPH gradients 97.2 %,
+maximum 95.0 % (results/quickstart.json). Each takes about half a minute on two CPU cores, most of
+it compilation.
 
-ARG: bits (2 to 8; 32 or "float" is no quantisation), clipping (octav, max), gradient (mph, mad,
-pwl, ste).
+ARG: bits (2 to 8; 32 or "float" is no quantisation) or notation (of vectors, as in 4/4U/4/6),
+clipping (octav, max, exact, mse, p99.9), gradient (mph, mad, pwl, ste), scaling (dynamic, carried,
+static).
 """
 
 from ml_collections import ConfigDict

@@ -7,7 +7,7 @@
 ResNet-20 is at hand to measure what results/ does not have: its accuracy in block formats and how
 many scale products are zero. Without `bench.model.pretrained` these are left out, and the rest
 needs a second. Expected: areas within 0.6 % and energies within 7 % of what was published, left-out
-points on average; 37 % of the area and 24 % of the energy saved at 4/4/4/6. About two minutes on
+points on average; 37 % of the area and 24 % of the energy saved at 4/4/4/6. About a minute on
 two CPU cores.
 """
 

@@ -12,7 +12,8 @@ ARG, separated by commas:
     bits      of weights and activations; 32 is float. First convolution and classifier have 8
     clipping  octav, max, mse, exact or a percentile such as p99.9
     gradient  mph (MAD for weights, PWL for activations), mad, pwl, ste
-    scaling   dynamic: thresholds are found in every step; static: once, on five batches
+    scaling   dynamic: thresholds are found in every step; carried: from those of the step before;
+              static: once, on five batches
 
 The recipes are the paper's: they do not change with the bits. Its grids are two's complement; ours
 are narrow unless `--config.quant.narrow=False` says otherwise (docs/decisions.md). Images come from

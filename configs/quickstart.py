@@ -9,16 +9,16 @@ order and number of steps. Nothing is tuned for any of them.
 
 Expected test accuracy (360 images, mean ± standard deviation of 3 seeds; an image is 0.28 points):
 
-    float32              98.4 ± 0.8
-    max, 4 bits          98.2 ± 0.6
-    OCTAV + MPH, 4 bits  98.1 ± 0.3
-    max, 2 bits          94.4 ± 1.2
-    OCTAV + STE, 2 bits  97.6 ± 0.4
-    OCTAV + MPH, 2 bits  98.3 ± 0.5
+    float32              98.6 ± 0.8
+    max, 4 bits          97.7 ± 0.2
+    OCTAV + MPH, 4 bits  98.1 ± 0.2
+    max, 2 bits          95.0 ± 1.9
+    OCTAV + STE, 2 bits  97.8 ± 1.0
+    OCTAV + MPH, 2 bits  96.9 ± 0.3
 
-So on digits four bits cost nothing with either threshold, and two bits cost four points with the
-maximum and next to nothing with OCTAV. STE and MPH are too close to tell apart with three seeds.
-About two minutes on two CPU cores.
+So on digits four bits cost a point with the maximum and half of one with OCTAV; two bits cost 3.6
+with the maximum and 0.8 to 1.8 with OCTAV. Three seeds tell no more than that: another rounding
+moves a row by a point (results/quickstart.json). About three minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict

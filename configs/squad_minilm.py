@@ -6,7 +6,7 @@
         --config.dataset.test_split=EVAL.json
 
 The pretrained encoder comes with a package from the registry. Windows of 256 tokens, batches of 16
-and a learning rate of 1e-4: an epoch of 10,000 questions takes about twenty minutes on two CPU
+and a learning rate of 1e-4: an epoch of 10,000 questions takes 20 to 60 minutes on two CPU
 cores.
 
 ARG: bits (2 to 8; 32 or "float" is no quantisation) or notation, clipping, gradient, scaling: as of

@@ -104,8 +104,8 @@ were at hand; the counterparts are smaller networks on fewer images.
 - VS-Quant, figures 3 to 7: area and energy fitted to the published points, with accuracies measured
   here, `hardware_resnet20_*` ([`docs/hardware.md`](../docs/hardware.md)).
 - OCTAV, table 5, before any training. SQuAD v1.1, MiniLM fine-tuned for 1.5 epochs of 10,258
-  questions (F1 70.8 on 497 held-out ones), thresholds found in every batch:
-  `ptq_minilm_bert_dynamic.csv`. The published column beside it is BERT-base, trained quantised.
+  questions (F1 70.8 on 497 held-out ones; no file of that training is here, the commands begin with
+  its weights), thresholds found in every batch: `ptq_minilm_bert_dynamic.csv`. The published column beside it is BERT-base, trained quantised.
 - OCTAV, appendix G. The activation of that MiniLM with the heaviest outliers, its error against the
   threshold: `outliers_minilm.*`.
 - OCTAV, section 3 and propositions 4.1 and 4.2; VS-Quant, section 3. Errors against the threshold,
@@ -113,8 +113,8 @@ were at hand; the counterparts are smaller networks on fewer images.
   `arguments_resnet20*` ([`docs/arguments.md`](../docs/arguments.md)).
 - VS-Quant, tables 3 and 6. The same MiniLM without retraining, vectors of 16 and the bits of their
   scales: `ptq_minilm_bert_vectors.csv`, `ptq_minilm_bert_scales.csv`.
-- Scale products rounded to 3 to 8 bits, which VS-Quant does not report, and networks in integers
-  beside their simulation: `integers.json`.
+- Scale products rounded to 3 to 8 bits, whose accuracy VS-Quant does not report, and networks in
+  integers beside their simulation: `integers.json`.
 - Bits of each kernel chosen by sensitivity, beside the same bits everywhere: ResNet-20 at 3.02 bits
   on average, `inspect_resnet20*`; MobileNet v1 at 4.00, `inspect_mobilenet_v1*`.
 - ONNX Runtime beside JAX, ResNet-20: `onnx_resnet20.json`. Every 8-bit and every frozen 4-bit

@@ -115,7 +115,9 @@ def test_ties_fall_alike_in_float64():
         model = qj.quantize_model(model, "vsquant-4/8/4/6")
         model.eval()
         tokens = jnp.arange(400)[:, None]
-        found, expected = (run(m, tokens) for m in (integer_model(pack_model(model, tokens)), model))
+        found, expected = (
+            run(m, tokens) for m in (integer_model(pack_model(model, tokens)), model)
+        )
         np.testing.assert_allclose(found, expected, atol=1e-6)  # the head's outputs are float32
 
 
