@@ -6,9 +6,9 @@
         --config.dataset.train_split=train.zip --config.dataset.test_split=val.zip \
         --config.model.pretrained=PATH/mobilenet_v1_0.75_224.safetensors
 
-The weight decay is that of OCTAV's short retraining of MobileNets (arXiv:2206.06501), and so is the rate
-for each image of a batch; theirs sees ImageNet thirty times, this is for a thousand images. The
-paper did not train this network.
+The weight decay is that of OCTAV's short retraining of MobileNets (arXiv:2206.06501), and so is the
+rate for each image of a batch; theirs sees ImageNet thirty times, this is for a thousand images.
+The paper did not train this network.
 
 ARG: as of cifar10_resnet20.py.
 """

@@ -105,7 +105,8 @@ were at hand; the counterparts are smaller networks on fewer images.
   here, `hardware_resnet20_*` ([`docs/hardware.md`](../docs/hardware.md)).
 - OCTAV, table 5, before any training. SQuAD v1.1, MiniLM fine-tuned for 1.5 epochs of 10,258
   questions (F1 70.8 on 497 held-out ones; no file of that training is here, the commands begin with
-  its weights), thresholds found in every batch: `ptq_minilm_bert_dynamic.csv`. The published column beside it is BERT-base, trained quantised.
+  its weights), thresholds found in every batch: `ptq_minilm_bert_dynamic.csv`. The published column
+  beside it is BERT-base, trained quantised.
 - OCTAV, appendix G. The activation of that MiniLM with the heaviest outliers, its error against the
   threshold: `outliers_minilm.*`.
 - OCTAV, section 3 and propositions 4.1 and 4.2; VS-Quant, section 3. Errors against the threshold,
