@@ -26,6 +26,8 @@ from qat_jax.granularity import Groups
 from qat_jax.integer.model import Packed, PackedKernel, PackedOp, install_kernel
 from qat_jax.integer.packed import PackedTensor
 from qat_jax.nnx import (
+    Carried,
+    OperandQuantizer,
     Threshold,
     layer_sites,
     operand_quantizers,
@@ -120,6 +122,7 @@ def load_packed(model: nnx.Module, path: str | Path) -> nnx.Module:
     for name, quantizer in quantizers.items():
         if (threshold := arrays.pop(f"{name}.threshold", None)) is not None:
             quantizer.threshold = Threshold(jnp.asarray(threshold))
+    _drop_carried(model, arrays)
     others = dict(_others(model))
     if wrong := sorted(others.keys() ^ arrays.keys()):
         raise ValueError(f"{path} is of another model: only one of the two has {wrong[0]!r}")
@@ -168,12 +171,19 @@ def _plain(array: np.ndarray) -> np.ndarray:
 
 def _others(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
     """What is neither packed nor a threshold nor the state of a random number generator."""
-    elsewhere = Packed | Threshold | nnx.RngState
+    elsewhere = Packed | Threshold | Carried | nnx.RngState
     for path, node in nnx.iter_graph(model):
         if not isinstance(node, nnx.Variable) or isinstance(node, elsewhere):
             continue
         if node.get_value().size:  # a packed kernel leaves nothing behind
             yield "/".join(map(str, path)), node
+
+
+def _drop_carried(model: nnx.Module, arrays: dict[str, np.ndarray]) -> None:
+    """Takes away the thresholds that training carried, which earlier files hold."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, OperandQuantizer):
+            arrays.pop("/".join(map(str, (*path, "carried"))), None)
 
 
 def _check_shape(path: str | Path, name: str, shape: Sequence[int], value: jax.Array) -> None:

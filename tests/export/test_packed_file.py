@@ -79,6 +79,25 @@ def test_numpy_alone_reads_the_same_numbers(tmp_path, policy):
     np.testing.assert_array_equal(found["layers/3/bias"], model.layers[3].bias[...])
 
 
+def test_thresholds_that_training_carries_are_no_part_of_a_file(tmp_path):
+    path = tmp_path / "m.safetensors"
+    trained = qj.quantize_model(net(), "octav-w3a3")
+    qj.carry_thresholds(trained, INPUTS)
+    model = pack_model(trained, INPUTS)
+    model.eval()
+    save_packed(model, path)
+    assert not [name for name in load_file(path) if "carried" in name]
+
+    def write_as_before(arrays):
+        arrays["layers/3/dot_general/activations/carried"] = np.ones((1, 1), np.float32)
+
+    for change in (None, write_as_before):
+        rewritten(path, change)
+        loaded = load_packed(net(), path)
+        loaded.eval()
+        np.testing.assert_array_equal(run(loaded, INPUTS), run(model, INPUTS))
+
+
 def test_an_abstract_model_is_enough(tmp_path):
     def small():
         return nnx.Sequential(nnx.Linear(8, 5, rngs=nnx.Rngs(0)))
