@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy import optimize
 
 import qat_jax as qj
 from qat_jax.bit_allocation import allocate_bits, average_bits
@@ -137,6 +138,40 @@ def test_bits_are_those_of_brute_force(seed):
     assert average_bits(bits, sizes) <= average + 1e-6
     total = sum(losses[name][b] for name, b in bits.items())
     assert total == pytest.approx(brute_force(losses, sizes, average))
+
+
+def least_added(losses, budget):
+    """Of kernels of equal sizes, by dynamic programming: the least sum over each one's least."""
+    spent = {0: 0.0}
+    for by_bits in losses.values():
+        least, before, spent = min(by_bits.values()), spent, {}
+        for used, total in before.items():
+            for bits, loss in by_bits.items():
+                if used + bits <= budget:
+                    added = total + loss - least
+                    spent[used + bits] = min(added, spent.get(used + bits, np.inf))
+    return min(spent.values())
+
+
+@pytest.mark.parametrize(("offset", "scale"), [(0, 1), (2.0, 1e-2), (0, 1e-6), (0, 1e-12), (0, 0)])
+@pytest.mark.parametrize("seed", range(4))
+def test_bits_are_the_best_however_small_the_losses_or_large_what_they_share(seed, offset, scale):
+    rng, candidates = np.random.default_rng(seed), (2, 3, 4, 6, 8)
+    losses = {
+        f"k{i}": {b: offset + scale * rng.lognormal(0, 1.5) * 4.0 ** (2 - b) for b in candidates}
+        for i in range(22)
+    }
+    bits = allocate_bits(losses, dict.fromkeys(losses, 1000), 3.5)
+    assert sum(bits.values()) <= 22 * 3.5
+    added = sum(losses[k][b] - min(losses[k].values()) for k, b in bits.items())
+    assert added == pytest.approx(least_added(losses, 22 * 3.5), rel=1e-6)
+
+
+def test_bits_that_the_solver_does_not_find_are_told(monkeypatch):
+    gave_up = optimize.OptimizeResult(success=False, message="time limit", x=None)
+    monkeypatch.setattr(optimize, "milp", lambda *arguments, **settings: gave_up)
+    with pytest.raises(RuntimeError, match="no bits were found: time limit"):
+        allocate_bits({"a": {3: 1.0}}, {"a": 7}, 4)
 
 
 def test_a_budget_that_is_met_exactly_is_met():
