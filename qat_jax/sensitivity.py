@@ -110,6 +110,9 @@ def losses_of(
 
     Yields:
       The losses, one at a time, in order.
+
+    Raises:
+      ValueError: a choice is for no operand of the model.
     """
     graphdef, found, *rest = nnx.split(model, Choice, ...)
     paths = {"/".join(map(str, path)): path for path, _ in nnx.to_flat_state(found)}
@@ -121,6 +124,8 @@ def losses_of(
         return loss(nnx.merge(graphdef, state, *rest), *arrays)
 
     for choice in choices:
+        if unknown := choice.keys() - by_operand.keys():
+            raise ValueError(f"no operand {min(unknown)!r}: there are {', '.join(by_operand)}")
         chosen = dict.fromkeys(by_operand.values(), np.int32(FLOAT))
         chosen |= {by_operand[operand]: np.int32(number) for operand, number in choice.items()}
         yield float(measured(chosen, rest, *arrays))

@@ -68,6 +68,12 @@ def test_alternatives_are_quantisers_of_their_own():
         with_switches(quantised, {"nothing/weights": [other]})
 
 
+def test_a_choice_for_no_operand_is_refused():
+    switched = with_switches(qj.quantize_model(RESNET, "octav-w8a8"))
+    with pytest.raises(ValueError, match=r"no operand 'conv1': there are .*conv1/weights"):
+        list(losses_of(switched, loss, [{}, {"conv1": OWN}], IMAGES))
+
+
 def test_alternatives_do_not_see_padding():
     quantised = qj.quantize_model(BERT, qj.preset("max-w8a4"))
     quantised.eval()
