@@ -1,6 +1,7 @@
 """Named arrays in files: safetensors, or NumPy's npz where a path ends in `.npz`."""
 
 import contextlib
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -49,29 +50,61 @@ def read_metadata(path: str | Path, what: str) -> dict[str, str]:
 
 
 def write_arrays(arrays: Mapping[str, np.ndarray], path: str | Path) -> None:
-    """Write a file that `read_arrays` reads; an existing one is replaced.
+    """Write a file that `read_arrays` reads.
 
     Args:
       arrays: by name.
-      path: the file, a safetensors file unless it ends in `.npz`.
+      path: the file, a safetensors file unless it ends in `.npz`; an existing one is replaced
+        once the new one is whole.
 
     Raises:
       FileNotFoundError: the folder of ``path`` does not exist.
-      ValueError: npz cannot hold an array's dtype, such as bfloat16.
+      ValueError: ``path`` is a folder, or npz cannot hold an array's dtype, such as bfloat16.
     """
-    folder = Path(path).parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"folder {folder} does not exist: make it before saving {path}")
     # Either format holds a buffer as it lies in memory, so a transposed view will not do.
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    if not _is_npz(path):
-        save_file(contiguous, path)
-        return
-    for name, array in contiguous.items():
+    with draft_of(path) as draft:
+        if _is_npz(path):
+            _write_npz(contiguous, draft)
+        else:
+            save_file(contiguous, draft)
+
+
+@contextlib.contextmanager
+def draft_of(path: str | Path) -> Iterator[Path]:
+    """A file to write first, which then takes the place of another.
+
+    So there is never half a file under the right name, whatever ends the process.
+
+    Args:
+      path: the file to be replaced, or to be made.
+
+    Yields:
+      The path of the draft, beside it. After an error the draft is removed and ``path`` as it was.
+
+    Raises:
+      FileNotFoundError: the folder of ``path`` does not exist.
+      ValueError: ``path`` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the path of a file in it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"folder {path.parent} does not exist: make it first")
+    draft = path.with_name(f".{path.name}.unfinished")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _write_npz(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    for name, array in arrays.items():
         if array.dtype.kind == "V":  # NumPy would forget which
             raise ValueError(f"npz has no {array.dtype} ({name}): save a .safetensors file")
     with zipfile.ZipFile(path, "w") as archive:  # np.savez refuses a few names, such as "file"
-        for name, array in contiguous.items():
+        for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 

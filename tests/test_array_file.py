@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qat_jax.array_file import read_arrays, read_names, write_arrays
+from qat_jax.array_file import draft_of, read_arrays, read_names, write_arrays
 
 SUFFIXES = ("safetensors", "npz")
 
@@ -76,6 +76,43 @@ def test_what_npz_cannot_hold_is_refused_before_anything_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
     write_arrays(arrays, tmp_path / "a.safetensors")
     assert read_arrays(tmp_path / "a.safetensors", "weights")["b"].dtype == ml_dtypes.bfloat16
+
+
+def test_arrays_that_cannot_be_written_leave_the_file_before(tmp_path):
+    path = tmp_path / "a.npz"
+    write_arrays({"a": np.arange(3)}, path)
+    with pytest.raises(ValueError, match="Object arrays cannot be saved"):
+        write_arrays({"a": np.ones(3), "b": np.array([{}], object)}, path)
+    np.testing.assert_array_equal(read_arrays(path, "weights")["a"], np.arange(3))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_draft_takes_the_place_of_a_file_once_it_is_whole(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("before")
+
+    def write_half():
+        with draft_of(path) as draft:
+            draft.write_text("half of it")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_half()
+    assert path.read_text() == "before"
+    with draft_of(path) as draft:
+        draft.write_text("whole")
+        assert path.read_text() == "before"
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_folder_is_no_file_to_write(suffix, tmp_path):
+    folder = tmp_path / f"a.{suffix}"
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"is a folder: give the path of a file in it"):
+        write_arrays({"a": np.ones(3)}, folder)
+    assert list(tmp_path.rglob("*")) == [folder]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -8,7 +8,6 @@ format and groups, and for each layer its quantisers. `docs/read_packed.py` is a
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from qat_jax.array_file import read_arrays, read_metadata
+from qat_jax.array_file import draft_of, read_arrays, read_metadata
 from qat_jax.description import describe, restore
 from qat_jax.granularity import Groups
 from qat_jax.integer.model import Packed, PackedKernel, PackedOp, install_kernel
@@ -51,11 +50,9 @@ def save_packed(model: nnx.Module, path: str | Path) -> None:
 
     Raises:
       FileNotFoundError: the folder of ``path`` does not exist.
-      ValueError: the model is not packed, or a quantiser is a class of one's own.
+      ValueError: the model is not packed, a quantiser is a class of one's own, or ``path`` is a
+        folder.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"folder {path.parent} does not exist: make it first")
     arrays = {name: np.asarray(variable.get_value()) for name, variable in _others(model)}
     for name, quantizer in operand_quantizers(model).items():
         if quantizer.threshold is not None:
@@ -85,9 +82,8 @@ def save_packed(model: nnx.Module, path: str | Path) -> None:
         if layer.weights or layer.activations
     }
     content = {"version": VERSION, "kernels": kernels, "layers": layers}
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    save_file(arrays, unfinished, metadata={_KEY: json.dumps(content)})
-    os.replace(unfinished, path)
+    with draft_of(path) as draft:
+        save_file(arrays, draft, metadata={_KEY: json.dumps(content)})
 
 
 def load_packed(model: nnx.Module, path: str | Path) -> nnx.Module:

@@ -1,6 +1,5 @@
 """Models as StableHLO, which other frameworks and other versions of JAX run."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import jax
 import jax.export
 from flax import nnx
 
+from qat_jax.array_file import draft_of
 from qat_jax.export.any_batch import without_its_size
 from qat_jax.nnx import copy_model
 
@@ -66,12 +66,7 @@ def save_stablehlo(
 
     Raises:
       FileNotFoundError: the folder of ``path`` does not exist.
-      ValueError: as of `to_stablehlo`.
+      ValueError: as of `to_stablehlo`, or ``path`` is a folder.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"folder {path.parent} does not exist: make it first")
-    program = to_stablehlo(model, *inputs, batch_size=batch_size).serialize()
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_bytes(program)
-    os.replace(unfinished, path)
+    with draft_of(path) as draft:
+        draft.write_bytes(to_stablehlo(model, *inputs, batch_size=batch_size).serialize())

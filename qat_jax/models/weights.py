@@ -54,12 +54,13 @@ def save_weights(model: nnx.Module, path: str | Path, library: str | None = None
 
     Args:
         model: a model of this room, or of `Conv`, `Linear` and `BatchNorm` layers.
-        path: the safetensors file to write, or npz if it ends so; an existing one is replaced.
+        path: the safetensors file to write, or npz if it ends so; an existing one is replaced
+            once the new one is whole.
         library: whose names and layouts; None is the first of those that the model has.
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.
-        ValueError: the library has no such model, or a variable no name in it.
+        ValueError: the library has no such model, a variable no name in it, or `path` is a folder.
     """
     known = {convention.library: convention for convention in conventions.of_model(model)}
     library = library or next(iter(known))

@@ -178,6 +178,9 @@ def test_what_has_no_counterpart_is_said(tmp_path):
         to_onnx(Function(lambda x: jnp.cumsum(x, axis=1)), INPUTS)
     with pytest.raises(FileNotFoundError, match="make it first"):
         save_onnx(net(), tmp_path / "none" / "m", INPUTS)
+    with pytest.raises(ValueError, match="is a folder: give the path of a file"):
+        save_onnx(net(), tmp_path, INPUTS)
+    assert not list(tmp_path.parent.glob(".*.unfinished"))
 
 
 def test_a_file_holds_the_same_model(tmp_path):

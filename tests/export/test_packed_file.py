@@ -154,6 +154,9 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         load_packed(net(), tmp_path / "none.safetensors")
     with pytest.raises(FileNotFoundError, match="make it first"):
         save_packed(model, tmp_path / "none" / "m.safetensors")
+    with pytest.raises(ValueError, match="is a folder: give the path of a file"):
+        save_packed(model, tmp_path)
+    assert not list(tmp_path.parent.glob(".*.unfinished"))
     with pytest.raises(ValueError, match="pack_model comes first"):
         save_packed(net(), path)
 

@@ -42,9 +42,12 @@ def test_thresholds_of_a_batch_need_its_size():
     np.testing.assert_allclose(program.call(INPUTS), run(model, INPUTS), atol=1e-5)
 
 
-def test_the_folder_has_to_be_there(tmp_path):
+def test_a_file_in_a_folder_that_is_there_is_asked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match="make it first"):
         save_stablehlo(net(), tmp_path / "none" / "m", INPUTS)
+    with pytest.raises(ValueError, match="is a folder: give the path of a file"):
+        save_stablehlo(net(), tmp_path, INPUTS)
+    assert not list(tmp_path.parent.glob(".*.unfinished"))
 
 
 def test_a_model_that_counts_its_batch_needs_a_size():

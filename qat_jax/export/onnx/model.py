@@ -1,6 +1,5 @@
 """A model as an ONNX graph."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax.export
 import onnx
 from flax import nnx
 
+from qat_jax.array_file import draft_of
 from qat_jax.export.any_batch import without_its_size
 from qat_jax.export.onnx.graph import Graph
 from qat_jax.export.onnx.primitives import translate
@@ -84,12 +84,7 @@ def save_onnx(
 
     Raises:
       FileNotFoundError: the folder of ``path`` does not exist.
-      ValueError: as of `to_onnx`.
+      ValueError: as of `to_onnx`, or ``path`` is a folder.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"folder {path.parent} does not exist: make it first")
-    content = to_onnx(model, *inputs, batch_size=batch_size).SerializeToString()
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    with draft_of(path) as draft:
+        draft.write_bytes(to_onnx(model, *inputs, batch_size=batch_size).SerializeToString())
