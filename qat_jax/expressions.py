@@ -9,6 +9,8 @@ import dataclasses
 import types
 from typing import Any
 
+import numpy as np
+
 from qat_jax.names import TYPES, name_of, named
 
 
@@ -76,6 +78,8 @@ def _default(field: dataclasses.Field) -> Any:
 
 def _argument(value: Any) -> str:
     is_choice = dataclasses.is_dataclass(value) or isinstance(value, types.FunctionType)
+    if isinstance(value, np.generic):
+        value = value.item()  # NumPy's own text, np.float64(0.5), is no literal
     return to_text(value) if is_choice else repr(value)
 
 

@@ -45,6 +45,21 @@ def test_text_and_choice(text, value):
     assert from_text(text) == value
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (qj.Fixed(np.float64(0.5)), "Fixed(0.5)"),
+        (qj.Fixed(np.float32(0.1)), "Fixed(0.10000000149011612)"),
+        (qj.Int(np.int64(4), narrow=np.bool_(True)), "Int(4, narrow=True)"),
+        (qj.IntScale(4, clipping=qj.Percentile(np.float64(99))),
+         "IntScale(4, clipping=Percentile(99.0))"),
+    ],
+)  # fmt: skip
+def test_numbers_of_numpy_are_written_as_those_of_python(value, text):
+    assert to_text(value) == text
+    assert from_text(text) == value
+
+
 def test_a_policy_of_ones_own_choices_quantises_as_they_say(tmp_path):
     policy = qj.policy_from_yaml(POLICY)
     quantizer = policy.rules[0].weights
