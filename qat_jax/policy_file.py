@@ -12,8 +12,7 @@ from qat_jax.quantizer import Quantizer
 
 _HEAD = "# The first rule whose pattern matches the whole path of a layer decides.\n"
 _SIDES = ("weights", "activations")
-_CLIPPINGS = ("weight_clipping", "activation_clipping")
-_OF_NOTATION = ("notation", "vector_size", *_CLIPPINGS, "gradient")
+_OF_NOTATION = ("notation", "vector_size", "weight_clipping", "activation_clipping", "gradient")
 _CHOICES = tuple(field.name for field in dataclasses.fields(Quantizer))
 
 
@@ -130,9 +129,7 @@ def _rule(written: Any) -> Rule:
     keys = set(written) - {"pattern"}
     if "notation" in keys:
         _check_keys(keys, _OF_NOTATION)
-        options = {key: written[key] for key in keys - {"notation"}}
-        for name in keys.intersection(_CLIPPINGS):
-            options[name] = from_text(options[name])
+        options = {key: _choice(key, written[key]) for key in keys - {"notation"}}
         return Rule.from_notation(written["pattern"], str(written["notation"]), **options)
     _check_keys(keys, _SIDES)
     if not keys:
@@ -147,7 +144,17 @@ def _quantizer(written: Any) -> Quantizer | None:
     if not isinstance(written, dict) or "format" not in written:
         raise ValueError(f"{written!r} is no quantiser: give at least its format, such as Int(4)")
     _check_keys(set(written), _CHOICES)
-    return Quantizer(**{name: from_text(value) for name, value in written.items()})
+    return Quantizer(**{name: _choice(name, value) for name, value in written.items()})
+
+
+def _choice(name: str, written: Any) -> Any:
+    """What is written of a quantiser's choice, or of an option of a notation."""
+    if name == "vector_size" and not isinstance(written, int):
+        raise ValueError(f"vector_size is {written!r}: give a whole number, such as 16")
+    choice = from_text(written)
+    if name == "gradient" and not (isinstance(choice, str) or callable(choice)):
+        raise ValueError(f"gradient is {written!r}: give one, such as mad")
+    return choice
 
 
 def _check_keys(keys: set[str], known: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import qat_jax as qj
 from experiments import cli, policy
+from tests import my_rules
 
 PRESETS = (
     "octav-w4a4", "max-w2a3-ste", "vsquant-4/4U/4/6", "vsquant-3/8/fp16/-", "nvfp4", "mxfp6-e3m2",
@@ -84,16 +85,18 @@ def test_a_person_writes_notations_and_parts():
           vector_size: 9
           weight_clipping: Exact
           gradient: mph
+        - {pattern: mine, notation: 4/8U, gradient: tests.my_rules.faint}
         - pattern: head
         - pattern: .*
           weights: {format: "Int(4, narrow=True)", granularity: PerChannel(), gradient: ste}
         """
     )
-    stem, depthwise, head, rest = read.rules
+    stem, depthwise, mine, head, rest = read.rules
     assert stem == qj.Rule.from_notation("stem", "8/8U")
     assert depthwise == qj.Rule.from_notation(
         ".*/depthwise", "4/8U/4/6", vector_size=9, weight_clipping=qj.Exact(), gradient="mph"
     )
+    assert mine.weights.gradient is mine.activations.gradient is my_rules.faint
     assert head == qj.Rule("head")
     int4 = qj.Int(4, narrow=True)
     assert rest == qj.Rule(".*", qj.Quantizer(int4, qj.PerChannel(), gradient="ste"))
@@ -110,6 +113,10 @@ def test_a_person_writes_notations_and_parts():
         ("- {pattern: a}\n- {pattern: b, wieghts: 1}", "rule 2 of p.yaml: no 'wieghts' here"),
         ("- {pattern: a, notation: 4/4U, vecor_size: 3}", "no 'vecor_size' here: there are"),
         ("- {pattern: a, notation: 4}", "rule 1 of p.yaml: .*W/A"),
+        ("- {pattern: a, notation: 4/4/4/6, vector_size: 16.0}", "rule 1 of p.yaml: .* 16.0: give"),
+        ("- {pattern: a, notation: 4/4/4/6, vector_size: '16'}", "vector_size is '16': give"),
+        ("- {pattern: a, notation: 4/4U, gradient: [mad]}", "rule 1 of p.yaml: gradient is .*: give one"),
+        ("- {pattern: a, weights: {format: Int(4), gradient: [mad]}}", "gradient is .*: give one"),
         ("- {pattern: a, weights: 4}", "4 is no quantiser: give at least its format"),
         ("- {pattern: a, weights: {format: Int(4), clip: 1}}", "no 'clip' here: there are format"),
         ("- {pattern: a, weights: {format: Int(40)}}", "rule 1 of p.yaml: .*40"),
