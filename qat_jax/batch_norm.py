@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from qat_jax.nnx import copy_model, report
+from qat_jax.padding import keep_padding
 
 
 class FoldedBatchNorm(nnx.Module):
@@ -110,7 +111,8 @@ def reestimate_batch_norm(model: nnx.Module, batches: Iterable[jax.Array]) -> No
     @jax.jit
     def pool(statistics: nnx.State, rest: list[nnx.State], batch: jax.Array) -> nnx.State:
         model: Any = nnx.merge(graphdef, statistics, *rest)
-        model(batch)
+        with keep_padding():
+            model(batch)
         return nnx.state(model, nnx.BatchStat)
 
     empty = True

@@ -1,5 +1,6 @@
 """Thresholds in a model's state: found on sample batches and frozen, or carried along."""
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from qat_jax.array_file import read_arrays, write_arrays
-from qat_jax.granularity import PerTensor
+from qat_jax.granularity import Granularity, PerChannel, PerTensor, PerVector
 from qat_jax.nnx import (
     Candidate,
     Carried,
@@ -19,8 +20,10 @@ from qat_jax.nnx import (
     Threshold,
     captured_by_operand,
     is_weight,
+    layer_sites,
     operand_quantizers,
 )
+from qat_jax.padding import keep_padding
 
 
 def calibrate(
@@ -53,7 +56,8 @@ def calibrate(
       The paths of the frozen operands.
 
     Raises:
-      ValueError: there is no batch, or no operand to freeze; the model is then unchanged.
+      ValueError: there is no batch, or no operand to freeze, or a batch that is not finite
+        somewhere in the model; the model is then unchanged.
 
     Example:
       >>> from qat_jax import quantize_model
@@ -75,6 +79,8 @@ def calibrate(
             f"{', '.join(operand_quantizers(model)) or 'none, quantise the model first'}; "
             "activations need granularity PerTensor()"
         )
+    if isinstance(batches, jax.Array | np.ndarray):
+        raise ValueError("batches is one array: give a list of batches, [x] for one")
     batches = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
     if pool:
         joined = tuple(jnp.concatenate(parts) for parts in zip(*batches, strict=True))
@@ -87,6 +93,7 @@ def calibrate(
         candidates = observe(*batch)
         for path in quantizers:
             if path in candidates:
+                _check_finite(candidates[path], path, count)
                 total[path] = total.get(path, 0) + candidates[path]
     if not count:
         raise ValueError("no batch to calibrate with: give at least one")
@@ -183,8 +190,51 @@ def load_thresholds(model: nnx.Module, path: str | Path) -> None:
             f"{path} has thresholds for {unknown[0]!r}, which the model does not quantise: "
             "quantise it with the policy that was calibrated"
         )
+    kernels = {
+        site.weights: site.layer.kernel.shape
+        for site in layer_sites(model)
+        if hasattr(site.layer, "kernel")
+    }
+    for name, array in arrays.items():
+        granularity = quantizers[name].quantizer.granularity
+        if not _fits(array.shape, granularity, kernels.get(name)):
+            raise ValueError(
+                f"{path} has thresholds of shape {array.shape} for {name!r}, which does not go "
+                f"with {granularity} there: they are of another model or policy"
+            )
+        if not (np.isfinite(array) & (array >= 0)).all():
+            raise ValueError(f"{path} has thresholds for {name!r} that are negative or not finite")
     for name, array in arrays.items():
         quantizers[name].threshold = Threshold(jnp.asarray(array))
+
+
+def _fits(shape: tuple[int, ...], granularity: Granularity, kernel: tuple[int, ...] | None) -> bool:
+    """Whether thresholds of a shape can be those of an operand; of kernels their shape is known."""
+    if isinstance(granularity, PerTensor):
+        return math.prod(shape) == 1
+    if kernel is None or not isinstance(granularity, PerChannel | PerVector):
+        return True
+    # Vectors lie along the input features, or through the window of a depthwise kernel.
+    size = granularity.size if isinstance(granularity, PerVector) else 1
+    window = -(-math.prod(kernel[:-2]) // size)
+    return len(shape) == len(kernel) and all(
+        found in (1, length, -(-length // size), window)
+        for found, length in zip(shape, kernel, strict=True)
+    )
+
+
+def _mean(candidates: list[jax.Array]) -> jax.Array:
+    """Of a layer's runs, which may have been on arrays of other ranks."""
+    first = candidates[0]
+    return jnp.mean(jnp.stack([found.reshape(first.shape) for found in candidates]), axis=0)
+
+
+def _check_finite(candidate: jax.Array, path: str, batch: int) -> None:
+    if not np.isfinite(candidate).all():
+        raise ValueError(
+            f"{path} is not finite in batch {batch}: a threshold frozen to that would make NaN of "
+            "everything; look for NaN or infinity in the batch, or in what the model makes of it"
+        )
 
 
 def _outlives_a_batch(path: str, quantizer: OperandQuantizer) -> bool:
@@ -200,10 +250,11 @@ def _observer(model: nnx.Module) -> Callable[..., dict[str, jax.Array]]:
     def observe(state: nnx.State, *inputs: Any) -> dict[str, jax.Array]:
         copy = nnx.merge(graphdef, state)
         copy.eval()
-        _, captured = nnx.capture(copy, Candidate)(*inputs)
+        with keep_padding():
+            _, captured = nnx.capture(copy, Candidate)(*inputs)
         runs: dict[str, list[jax.Array]] = {}
         for name, candidate in captured_by_operand(captured).items():
             runs.setdefault(re.sub(r"/\d+$", "", name), []).append(candidate)
-        return {name: jnp.mean(jnp.stack(found), axis=0) for name, found in runs.items()}
+        return {name: _mean(found) for name, found in runs.items()}
 
     return lambda *inputs: observe(state, *inputs)

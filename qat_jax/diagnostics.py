@@ -84,9 +84,10 @@ def diagnose(
     noise = jnp.sum(jnp.square(x - quantized))
     upper = groups.expand(threshold, x.shape)
     clipped = (x > upper) | (x < quantizer.format.lower(upper))
-    ratio = threshold / jnp.where(largest > 0, largest, 1)
+    ratio = jnp.where(largest > 0, threshold / jnp.where(largest > 0, largest, 1), 0)
+    sqnr_db = 10 * (jnp.log10(jnp.sum(jnp.square(x))) - jnp.log10(noise))
     return Diagnostics(
-        sqnr_db=10 * (jnp.log10(jnp.sum(jnp.square(x))) - jnp.log10(noise)),
+        sqnr_db=jnp.where(noise == 0, jnp.inf, sqnr_db),
         clipped_fraction=jnp.mean(clipped, dtype=threshold.dtype),
         threshold_over_max=jnp.sum(ratio) / jnp.maximum(jnp.sum(largest > 0), 1),
     )

@@ -109,12 +109,16 @@ class Int:
     narrow: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in _BITS:
+        if not isinstance(self.bits, int | np.integer) or self.bits not in _BITS:
             raise ValueError(f"Int has 2 to 16 bits, not {self.bits!r}")
         if self.signed not in (True, False, None):
             raise ValueError(
                 f"signed is True, False or None (pick from the data), not {self.signed!r}"
             )
+        # NumPy's numbers and 0 and 1 become Python's: equal formats are to be alike in all they do.
+        object.__setattr__(self, "bits", int(self.bits))
+        object.__setattr__(self, "signed", None if self.signed is None else bool(self.signed))
+        object.__setattr__(self, "narrow", bool(self.narrow))
 
     def grid(self, x: jax.Array) -> Grid:
         """The grid for x: of Python floats, or of scalar arrays where the sign depends on x."""

@@ -20,7 +20,7 @@ from qat_jax import ops
 from qat_jax.diagnostics import Diagnostics, fake_quant_with_diagnostics
 from qat_jax.display import DescribedOperands, DescribedQuantizer
 from qat_jax.granularity import ChannelAxis, VectorAxis
-from qat_jax.padding import QUERIES, TOKENS, without_padding
+from qat_jax.padding import QUERIES, TOKENS, keep_padding, without_padding
 from qat_jax.policy import Policy, Rule, preset_for_layers
 from qat_jax.quantizer import QTensor, Quantizer, fake_quant, quantize
 from qat_jax.report import LayerReport, Report
@@ -114,7 +114,8 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
             return self.quantizer.threshold(x, channel_axis, vector_axis)
         before = self.carried.get_value()
         threshold = self.quantizer.refined_threshold(x, before, channel_axis)
-        self.carried.set_value(jnp.where(jnp.isfinite(threshold), threshold, before))
+        found = threshold.reshape(before.shape)  # an example alone has fewer axes than a batch
+        self.carried.set_value(jnp.where(jnp.isfinite(found), found, before))
         return threshold
 
     def quantized(
@@ -337,7 +338,8 @@ def operand_codes(graphdef: nnx.GraphDef, state: nnx.State, *inputs: Any) -> dic
     """
     model = nnx.merge(graphdef, state)
     model.eval()
-    _, captured = nnx.capture(model, Codes)(*inputs)
+    with keep_padding():
+        _, captured = nnx.capture(model, Codes)(*inputs)
     return captured_by_operand(captured, QTensor)
 
 

@@ -293,12 +293,25 @@ def _grouped(
         groups = quantizer.granularity.groups(x.ndim, channel_axis, vector_axis)
         return quantizer.threshold(x, channel_axis, vector_axis), groups
     threshold = jax.lax.stop_gradient(jnp.asarray(threshold, accumulation_dtype(x)))
-    threshold = jnp.expand_dims(threshold, range(x.ndim - threshold.ndim))
+    threshold = _of_rank(threshold, x.ndim)
     by_axes = not isinstance(quantizer.granularity, PerShard)  # a shard is no index of an axis
     if by_axes and channel_axis is None and vector_axis is None:
         # The thresholds' own shape says it.
         return threshold, Groups(tuple(a for a in range(x.ndim) if threshold.shape[a] == 1))
     return threshold, quantizer.granularity.groups(x.ndim, channel_axis, vector_axis)
+
+
+def _of_rank(threshold: jax.Array, ndim: int) -> jax.Array:
+    """Thresholds with leading axes of length 1 added, or taken away: an example alone has none."""
+    more = threshold.ndim - ndim
+    if more > 0 and all(size == 1 for size in threshold.shape[:more]):
+        return jnp.squeeze(threshold, range(more))
+    if more > 0:
+        raise ValueError(
+            f"thresholds of shape {threshold.shape} are for arrays of {threshold.ndim} dimensions "
+            f"or more, this one has {ndim}"
+        )
+    return jnp.expand_dims(threshold, range(-more))
 
 
 def _codes(

@@ -8,15 +8,18 @@ import qat_jax as qj
 from qat_jax.nnx import operand_quantizers
 
 
-def network(notation="4/4", **options):
+def plain_network(hidden):
     rngs = nnx.Rngs(0)
-    model = nnx.Sequential(
-        nnx.Linear(6, 8, rngs=rngs),
+    return nnx.Sequential(
+        nnx.Linear(6, hidden, rngs=rngs),
         nnx.relu,
         nnx.Dropout(0.5, rngs=rngs),
-        nnx.Linear(8, 3, rngs=rngs),
+        nnx.Linear(hidden, 3, rngs=rngs),
     )
-    return qj.quantize_model(model, qj.Policy.from_notation(notation, **options))
+
+
+def network(notation="4/4", hidden=8, **options):
+    return qj.quantize_model(plain_network(hidden), qj.Policy.from_notation(notation, **options))
 
 
 def batches(count=3):
@@ -89,6 +92,64 @@ def test_saved_and_loaded(tmp_path):
         qj.load_thresholds(plain, tmp_path / "t.safetensors")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         qj.load_thresholds(plain, tmp_path / "no.safetensors")
+
+
+def test_thresholds_of_another_model_are_refused(tmp_path):
+    file = tmp_path / "t.npz"
+    model = network(hidden=8)
+    qj.calibrate(model, batches())
+    qj.save_thresholds(model, file)
+    for other in (network(hidden=12), network("4/4/4/6", hidden=12)):
+        with pytest.raises(ValueError, match="'layers/0/weights', which does not go with"):
+            qj.load_thresholds(other, file)
+        assert all(q.threshold is None for q in operand_quantizers(other).values())
+    per_tensor = qj.Quantizer(qj.Int(4))
+    rule = qj.Rule(".*", weights=per_tensor, activations=per_tensor)
+    with pytest.raises(ValueError, match="does not go with"):
+        qj.load_thresholds(qj.quantize_model(plain_network(8), qj.Policy([rule])), file)
+    arrays = dict(np.load(file))
+    np.savez(file, **arrays | {"layers/0/weights": -arrays["layers/0/weights"]})
+    with pytest.raises(ValueError, match="negative or not finite"):
+        qj.load_thresholds(network(), file)
+
+
+def test_a_batch_that_is_not_finite_freezes_nothing():
+    model = network()
+    bad = [*batches(1), batches()[1].at[0, 0].set(jnp.nan)]
+    with pytest.raises(ValueError, match="layers/0/activations is not finite in batch 2"):
+        qj.calibrate(model, bad)
+    assert all(q.threshold is None for q in operand_quantizers(model).values())
+    with pytest.raises(ValueError, match="give a list of batches"):
+        qj.calibrate(model, batches()[0])
+
+
+def test_frozen_thresholds_serve_examples_alone():
+    model = network()
+    model.eval()
+    qj.calibrate(model, batches())
+    x = batches()[0]
+    whole = model(x)
+    np.testing.assert_array_equal(model(x[0]), whole[0])
+    np.testing.assert_allclose(jax.vmap(model)(x), whole, rtol=1e-6)
+    quantizer = qj.Quantizer(qj.Int(4), qj.PerVector(2))
+    with pytest.raises(ValueError, match="for arrays of 2 dimensions or more, this one has 1"):
+        qj.fake_quant(x[0], quantizer, vector_axis=0, threshold=jnp.ones((4, 3)))
+
+
+def test_a_layer_that_runs_on_two_ranks_is_calibrated():
+    class Twice(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.layer(self.layer(x)[0])
+
+    model = qj.quantize_model(Twice(), "octav-w4a4")
+    assert len(qj.carry_thresholds(model, batches()[0])) == 2
+    model(batches()[0])
+    assert model.layer.dot_general.activations.carried.shape == (1, 1)
+    assert len(qj.calibrate(model, batches())) == 2
+    assert model(batches()[0]).shape == (6,)
 
 
 def test_frozen_thresholds_are_state_and_survive_jit_and_training():

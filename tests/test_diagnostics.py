@@ -15,6 +15,18 @@ def test_figures_by_hand():
     assert found.threshold_over_max == 0.75
 
 
+def test_zeros_are_represented_exactly_and_do_not_count():
+    quantizer = qj.Quantizer(qj.Int(4, narrow=True), qj.PerChannel(), qj.AbsMax())
+    _, found = qj.fake_quant_with_diagnostics(jnp.zeros((2, 3)), quantizer, channel_axis=0)
+    assert found.sqnr_db == np.inf
+    assert found.threshold_over_max == 0
+    x = jnp.array([[2.0, 1.0], [0.0, 0.0]])  # the second channel is dead, its threshold is not
+    _, found = qj.fake_quant_with_diagnostics(
+        x, quantizer, channel_axis=0, threshold=jnp.array([[2.0], [5.0]])
+    )
+    assert found.threshold_over_max == 1
+
+
 def test_unsigned_formats_count_negative_numbers_as_clipped():
     x = jnp.array([-1.0, 0.5, 1.0, 2.0])
     quantizer = qj.Quantizer(qj.Int(4, signed=False), clipping=qj.Fixed(1.0))

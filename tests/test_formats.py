@@ -65,7 +65,13 @@ def test_the_last_bits_of_float64_break_no_tie(format, ties, even):
         assert (grid.round(ties * (1 - 1e-6)) != grid.round(ties * (1 + 1e-6))).all()
 
 
-@pytest.mark.parametrize("bits", [0, 1, 17, 32, 4.5])
+def test_formats_that_are_equal_are_alike():
+    for signed in (0, False, np.False_):
+        assert repr(Int(np.int64(4), signed)) == repr(Int(4, signed=False))
+    assert repr(Int(4, 1, np.True_)) == repr(Int(4, signed=True, narrow=True))
+
+
+@pytest.mark.parametrize("bits", [0, 1, 17, 32, 4.5, 4.0])
 def test_impossible_widths_are_refused(bits):
     with pytest.raises(ValueError, match="2 to 16"):
         Int(bits)

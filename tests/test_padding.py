@@ -73,6 +73,32 @@ def test_static_thresholds_do_not_see_padding():
     assert thresholds(0.5) == thresholds(50.0)
 
 
+def test_a_compiled_function_keeps_no_mask_from_outside():
+    model = qj.quantize_model(nnx.Sequential(nnx.Linear(1, 1, rngs=nnx.Rngs(0))), "max-w4a4")
+    x = jnp.array([[[1.0], [2.0], [99.0]]])
+    masks = jnp.array([[[True, True, False]], [[True, True, True]]])
+
+    @nnx.jit
+    def outside(model, x):
+        return model(x)
+
+    @nnx.jit
+    def inside(model, x, mask):
+        with qj.ignore_padding(mask):
+            return outside(model, x)  # compiled before, without a mask
+
+    plain = outside(model, x)
+    with qj.ignore_padding(masks[0]), pytest.raises(ValueError, match="enter ignore_padding in"):
+        outside(model, x)
+    np.testing.assert_array_equal(outside(model, x), plain)
+    for mask in masks:
+        with qj.ignore_padding(mask):
+            expected = model(x)  # not compiled, it may be outside
+            gradient = jax.grad(lambda x: model(x).sum())(x)
+        np.testing.assert_allclose(inside(model, x, mask), expected, rtol=1e-6)
+        assert np.isfinite(gradient).all()
+
+
 def test_linen_models_too():
     class Network(nn.Module):
         @nn.compact
