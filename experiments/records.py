@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qat_jax import Notation
+from qat_jax.training.workdir import with_floats
 
 # What a run is judged by, the first that it measured: shares in [0, 1].
 HEADLINES = ("test_f1", "test_accuracy", "integer_accuracy")
@@ -35,10 +36,10 @@ class Run:
     folder: Path
     result: Mapping[str, Any]
 
-    @property
+    @functools.cached_property
     def metrics(self) -> Mapping[str, Any]:
         """What it measured."""
-        return self.result["metrics"]
+        return with_floats(self.result["metrics"])
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -49,7 +50,8 @@ class Run:
     def lines(self) -> list[dict[str, Any]]:
         """Its metrics.jsonl; empty if it has none."""
         path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [with_floats(json.loads(line)) for line in lines]
 
     @property
     def bits(self) -> int | None:

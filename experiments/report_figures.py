@@ -78,7 +78,7 @@ def drawings(groups: Sequence[Group]) -> Iterator[Drawing]:
                 figure,
                 f"Each operand: {label}",
                 "In the last step, or after quantisation. First seed.",
-                functools.partial(_heat_map, diagnosed, figure, label),
+                functools.partial(heat_map, diagnosed, figure, label),
             )
 
 
@@ -162,10 +162,11 @@ def _thresholds(groups: Sequence[Group]) -> Figure:
     return figure
 
 
-def _heat_map(groups: Sequence[Group], name: str, label: str) -> Figure:
+def heat_map(groups: Sequence[Group], name: str, label: str) -> Figure:
+    """A figure of each operand, one column a group; cells of no finite number are blank."""
     operands = list(dict.fromkeys(path for g in groups for path in g.runs[0].diagnostics))
     factor = 100 if name.endswith("fraction") else 1
-    values = np.array(
+    values = np.ma.masked_invalid(
         [
             [factor * g.runs[0].diagnostics.get(path, {}).get(name, np.nan) for g in groups]
             for path in operands
@@ -179,11 +180,10 @@ def _heat_map(groups: Sequence[Group], name: str, label: str) -> Figure:
     labels = [g.label.replace(", ", "\n") for g in groups]
     axes.set_xticks(range(len(groups)), labels, fontsize=7)
     if len(groups) <= 8:
-        middle = (np.nanmin(values) + np.nanmax(values)) / 2
-        for (row, column), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                ink = "black" if value > middle else "white"
-                axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=ink, size=6)
+        middle = (values.min() + values.max()) / 2
+        for (row, column), value in np.ma.ndenumerate(values):
+            ink = "black" if value > middle else "white"
+            axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=ink, size=6)
     figure.colorbar(image, label=label, shrink=min(1.0, 4 / height))
     return figure
 

@@ -26,6 +26,8 @@ PACKAGES = ("qat_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 # Settings that a run may change when it goes on, since its result does not depend on them.
 MAY_CHANGE = ("fsdp", "hosts", "profile")
 
+_NON_FINITE = ("nan", "inf", "-inf")  # as text in files: JSON has no such numbers
+
 
 class WorkdirError(ValueError):
     """A run folder cannot be used; the message says why and what to do."""
@@ -102,7 +104,7 @@ class Workdir:
 
         Args:
             config: the resolved settings, with "experiment" and "seed" among them.
-            metrics: what was measured; JSON values.
+            metrics: what was measured; JSON values, or numbers that JSON lacks (see `with_floats`).
             wall_seconds: time of the whole run, in seconds.
         """
         result = {
@@ -114,7 +116,7 @@ class Workdir:
             "device": device(),
             "seed": config["seed"],
             "wall_seconds": round(wall_seconds, 3),
-            "metrics": dict(metrics),
+            "metrics": _as_json(metrics),
         }
         if self.writes:
             _write_json(self.result_path, result)
@@ -259,6 +261,20 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def with_floats(value: Any) -> Any:
+    """What was read from a metrics file, with floats for the strings of NaN and infinity.
+
+    Example:
+        >>> with_floats({"conv1": {"sqnr_db": "-inf"}, "split": "test"})
+        {'conv1': {'sqnr_db': -inf}, 'split': 'test'}
+    """
+    if isinstance(value, dict):
+        return {key: with_floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_floats(item) for item in value]
+    return float(value) if value in _NON_FINITE else value
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import records, report
+from experiments import records, report, report_figures
 from experiments.records import group, read_runs
 
 
@@ -148,6 +148,31 @@ def test_figures_have_ink_for_both_papers(runs):
             ink.append({tuple(colour) for colour in colours[np.argsort(counts)[-40:]].tolist()})
     assert all((0xE6,) * 3 in colours for colours in ink[::2])
     assert all((0x22,) * 3 in colours for colours in ink[1::2])
+
+
+@pytest.mark.parametrize("written", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_figures_of_no_size_are_left_blank(tmp_path, written, everywhere):
+    line = trained(1, 2.0, 0.5) | {"diagnostics/conv/1/weights/sqnr_db": written}
+    if everywhere:
+        line |= dict.fromkeys((key for key in line if key.startswith("diagnostics/")), written)
+    make(tmp_path / "trained", {"test_accuracy": 0.5, "test_loss": written}, lines=[line])
+    quantised = {"conv/0/weights": {"sqnr_db": written if everywhere else 10.0}}
+    make(tmp_path / "quantised", {"test_accuracy": 0.5, "diagnostics": quantised}, clipping="max")
+    assert report.write(tmp_path, tmp_path / "report").endswith("2 runs, 4 figures")
+    runs, _ = read_runs(tmp_path)
+    found = next(run for run in runs if run.name == "trained")
+    number = pytest.approx(float(written), nan_ok=True)
+    assert found.metrics["test_loss"] == number
+    assert found.diagnostics["conv/1/weights"] == {"sqnr_db": number}
+
+
+def test_letters_stand_out_beside_cells_of_no_size(tmp_path):
+    figures = {"a": {"sqnr_db": 0.0}, "b": {"sqnr_db": 9.0}, "c": {"sqnr_db": "inf"}}
+    make(tmp_path / "a", {"diagnostics": figures})
+    drawn = report_figures.heat_map(group(read_runs(tmp_path)[0]), "sqnr_db", "SQNR, dB")
+    letters = [(text.get_text(), text.get_color()) for text in drawn.axes[0].texts]
+    assert letters == [("0.0", "white"), ("9.0", "black")]
 
 
 def test_a_browser_shows_the_page(runs, tmp_path):

@@ -1,9 +1,17 @@
 import json
+import math
 
 import jax.numpy as jnp
 import pytest
 
-from qat_jax.training.workdir import MetricWriter, Status, Workdir, WorkdirError, drop_lines_after
+from qat_jax.training.workdir import (
+    MetricWriter,
+    Status,
+    Workdir,
+    WorkdirError,
+    drop_lines_after,
+    with_floats,
+)
 
 CONFIG = {"experiment": "e", "seed": 3, "optimizer": {"learning_rate": 0.1}, "mean": (0.5, 0.5)}
 
@@ -36,6 +44,22 @@ def test_a_result_says_how_it_was_made(tmp_path):
     assert result["config"]["mean"] == [0.5, 0.5]
     assert result["versions"]["jax"]
     assert result["device"]["count"] >= 1
+
+
+def test_a_result_is_json_whatever_was_measured(tmp_path):
+    folder = Workdir(tmp_path)
+    folder.begin(CONFIG)
+    measured = {"loss": float("nan"), "layers": [{"sqnr_db": float("-inf"), "shape": (2, 3)}]}
+    result = folder.finish(CONFIG, measured, wall_seconds=1.5)
+
+    def no_json(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    written = json.loads(folder.result_path.read_text(), parse_constant=no_json)
+    assert written == folder.result() == result
+    read = with_floats(written["metrics"])
+    assert math.isnan(read["loss"])
+    assert read["layers"] == [{"sqnr_db": -math.inf, "shape": [2, 3]}]
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
