@@ -77,7 +77,8 @@ def shift_and_add(
     window = w.shape[:2]
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], window, window_strides, padding)
-    x = jnp.pad(x, [(0, 0), *padding, (0, 0)])
+    edges = [(low, high, 0) for low, high in ((0, 0), *padding, (0, 0))]
+    x = lax.pad(x, jnp.zeros((), x.dtype), edges)  # unlike jnp.pad it can take away, too
     strides = (1, *window_strides, 1)
     last = [  # where the last window starts
         (extent - width) // stride * stride

@@ -62,7 +62,7 @@ class Groups:
         cut = whole * self.vector_size
         x = x.reshape(*before, length, *after)
         parts = []
-        if whole:
+        if whole or not length:
             vectors = jax.lax.slice_in_dim(x, 0, cut, axis=first)
             vectors = vectors.reshape(*before, whole, self.vector_size, *after)
             parts.append(jnp.squeeze(reduction(vectors, (first + 1,)), first + 1))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -263,7 +264,13 @@ def _quantize(
     vector_axis: VectorAxis,
 ) -> QTensor:
     threshold, groups = _grouped(x, quantizer, channel_axis, vector_axis, threshold)
-    threshold = jnp.broadcast_to(threshold, groups.compact_shape(x.shape))
+    compact = groups.compact_shape(x.shape)
+    if any(size not in (1, of) for size, of in zip(threshold.shape, compact, strict=True)):
+        raise ValueError(
+            f"thresholds of shape {threshold.shape} do not go with codes that share "
+            f"scales of shape {compact}: give one threshold for each of those"
+        )
+    threshold = jnp.broadcast_to(threshold, compact)
     # Codes cannot say that an element was not finite: its scale has to.
     finite = groups.reduce(
         jnp.isfinite(x), lambda finite, axes: jnp.all(finite, axis=axes, keepdims=True)
@@ -347,4 +354,6 @@ def _fake_quant_at(
 
 
 def _hashable(axis: ChannelAxis | VectorAxis) -> int | tuple[int, ...] | None:
-    return axis if isinstance(axis, int | None) else tuple(axis)
+    if axis is None or hasattr(axis, "__index__"):  # NumPy's integers, too
+        return axis if axis is None else operator.index(axis)
+    return tuple(axis)

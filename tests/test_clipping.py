@@ -204,6 +204,9 @@ def test_fixed_thresholds():
     assert Fixed((1.0, 2.0)).threshold(x, Int(4), (1,)).tolist() == [[1.0], [2.0]]
     with pytest.raises(ValueError, match="2 thresholds for 3 groups"):
         Fixed((1.0, 2.0)).threshold(x, Int(4), (0,))
+    for value in ([1.0, 2.0], np.array([1, 2], np.float32)):
+        assert hash(Fixed(value)) == hash(Fixed((1.0, 2.0)))
+    assert repr(Fixed(np.float64(0.5))) == "Fixed(value=0.5)"
     for bad in (-1.0, float("nan"), (1.0, float("inf"))):
         with pytest.raises(ValueError, match="finite and not negative"):
             Fixed(bad)

@@ -48,6 +48,11 @@ def test_vectors_through_several_axes_are_read_in_order():
     np.testing.assert_array_equal(window, [[6, 6, 6], [6, 14, 14], [14, 14, 16]])
 
 
+def test_of_nothing_there_are_no_vectors():
+    q = qj.quantize(jnp.zeros((3, 0)), qj.Quantizer(qj.Int(4), PerVector(4)), vector_axis=1)
+    assert (q.codes.shape, q.scale.shape) == ((3, 0), (3, 0))
+
+
 def test_the_reduction_sees_no_padding():
     seen = []
 

@@ -55,7 +55,7 @@ def test_convolution_knows_the_output_channels(layout, x_shape, w_shape, w_axis)
 DEPTHWISE = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=6)
 
 
-@pytest.mark.parametrize("padding", ["SAME", "VALID", ((0, 2), (1, 0))])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((0, 2), (1, 0)), ((-1, 2), (1, -1))])
 @pytest.mark.parametrize(
     ("x_shape", "window", "strides"),
     [((2, 8, 8), (3, 3), (1, 1)), ((2, 9, 7), (3, 2), (2, 3)), ((1, 5, 5), (5, 1), (4, 1))],

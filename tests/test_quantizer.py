@@ -120,6 +120,20 @@ def test_not_a_number_and_infinity_poison_their_group(clipping):
     np.testing.assert_array_equal(dequantize(quantize(x, quantizer, channel_axis=0)), y)
 
 
+def test_axes_may_be_numpys():
+    x = jnp.arange(6.0).reshape(2, 3)
+    quantizer = Quantizer(Int(4), PerChannel())
+    np.testing.assert_array_equal(quantizer(x, np.int64(0)), quantizer(x, 0))
+
+
+def test_codes_need_a_threshold_for_each_group():
+    x = jnp.ones((2, 3))
+    quantizer = Quantizer(Int(4), PerChannel())
+    assert fake_quant(x, quantizer, channel_axis=0, threshold=2 * x).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"share scales of shape \(2, 1\)"):
+        quantize(x, quantizer, channel_axis=0, threshold=2 * x)
+
+
 def test_fixed_thresholds_let_no_infinity_become_a_number():
     x = jnp.array([[0.5, jnp.inf], [jnp.nan, -jnp.inf], [0.5, 9.0]])
     quantizer = Quantizer(Int(4, narrow=True), PerChannel(), Fixed(1.0))
