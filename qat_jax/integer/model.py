@@ -106,6 +106,7 @@ class IntegerOp(DescribedOperands, nnx.Module):
         """The operation, in integers up to the last multiplication."""
         packed = self.weights.packed
         kernel = unpack(packed)
+        dtype = kwargs.get("preferred_element_type") or packed.dtype
 
         def stored(x: jax.Array, channel_axis: ChannelAxis, vector_axis: VectorAxis) -> Operand:
             del x, channel_axis, vector_axis
@@ -118,7 +119,7 @@ class IntegerOp(DescribedOperands, nnx.Module):
             datapath=self.datapath,
             **{name: value for name, value in kwargs.items() if name not in _FLOAT_OPTIONS},
         )
-        return y.astype(packed.dtype)
+        return y.astype(dtype)
 
 
 class IntegerAttention(nnx.Module):
@@ -193,7 +194,8 @@ def pack_model(model: nnx.Module, *inputs: Any) -> nnx.Module:
       scales in as many bits as `qat_jax.model_storage` counts, and no float kernel beside them.
 
     Raises:
-      ValueError: the model has no quantised kernel, or one in a layer that has no packed form.
+      ValueError: the model has no quantised kernel, or one in a layer that has no packed form or
+        does not run in evaluation.
 
     Example:
       >>> import qat_jax as qj
@@ -213,6 +215,8 @@ def pack_model(model: nnx.Module, *inputs: Any) -> nnx.Module:
     )
     for site in layer_sites(model):
         if site.weights in weights:
+            if site.weights not in codes:
+                raise ValueError(f"{site.path} does not run in evaluation: {_leave_alone(site)}")
             quantizer = quantizers[site.weights].quantizer
             install_kernel(site, PackedKernel(pack(codes[site.weights], quantizer), quantizer))
     return model
@@ -223,19 +227,41 @@ def install_kernel(site: LayerSite, kernel: PackedKernel) -> None:
 
     Args:
       site: where.
-      kernel: its kernel.
+      kernel: its kernel, the layer's mask applied if it has one.
 
     Raises:
       ValueError: such a layer has no packed form.
     """
     if not isinstance(site.installed, QuantizedOp):
         raise ValueError(
-            f"{type(site.layer).__name__} {site.path} has no packed form: quantise nothing of "
-            f"it, with Rule({site.path!r}) in front"
+            f"{type(site.layer).__name__} {site.path} has no packed form: {_leave_alone(site)}"
+        )
+    if len(kernel.packed.shape) > _kernel_rank(site.layer):
+        raise ValueError(
+            f"{site.path} is a stack of layers, as nnx.scan takes it, and has no packed form: "
+            f"{_leave_alone(site)}, or make them one by one in an nnx.List"
         )
     site.install(PackedOp(site.installed, kernel))
     in_float = site.layer.kernel
-    in_float.set_value(jnp.zeros((0,), in_float.get_value().dtype))
+    # Another variable: a layer in float may share this one.
+    site.layer.kernel = in_float.replace(jnp.zeros((0,), in_float.get_value().dtype))
+    if getattr(site.layer, "mask", None) is not None:
+        site.layer.mask = None
+
+
+def _leave_alone(site: LayerSite) -> str:
+    return f"quantise nothing of it, with Rule({site.path!r}) in front"
+
+
+def _kernel_rank(layer: Any) -> int:
+    """The axes of a layer's kernel, those of a stack of layers left out."""
+    match layer:
+        case nnx.Linear():
+            return 2
+        case nnx.LinearGeneral():
+            return len(layer.batch_axis) + len(layer.in_features) + len(layer.out_features)
+        case _:
+            return len(layer.kernel_shape)
 
 
 def integer_model(model: nnx.Module, datapath: Datapath = Datapath()) -> nnx.Module:

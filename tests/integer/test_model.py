@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import qat_jax as qj
+from qat_jax.export import load_packed, save_packed
 from qat_jax.integer import Datapath, Packed, integer_model, pack_model
 from qat_jax.models import BertForQuestionAnswering, BertSize
 from qat_jax.models.mobilenet_v1 import SeparableBlock
@@ -175,3 +176,82 @@ def test_what_cannot_be_packed_or_computed_in_integers_is_said():
     packed = pack_model(qj.quantize_model(plain, weights_only), inputs)
     with pytest.raises(ValueError, match="the input of layers/0 is a float"):
         integer_model(packed)
+
+
+class WithAuxiliary(nnx.Module):
+    def __init__(self, rngs):
+        self.body = nnx.Linear(8, 6, rngs=rngs)
+        self.auxiliary = nnx.Linear(6, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.body(x)
+
+
+class Stack(nnx.Module):
+    def __init__(self, rngs):
+        make = nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs), in_axes=0, out_axes=0)
+        self.layers = nnx.split_rngs(splits=3)(make)(rngs)
+
+    def __call__(self, x):
+        apply = nnx.scan(lambda layer, x: layer(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        return apply(self.layers, x)
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(8, 8, rngs=rngs)
+        self.second = nnx.Linear(8, 8, rngs=rngs)
+        self.second.kernel = self.first.kernel
+
+    def __call__(self, x):
+        return self.second(self.first(x))
+
+
+FEATURES = jax.random.normal(jax.random.key(0), (3, 8))
+
+
+def test_layers_that_cannot_be_packed_are_named():
+    unused = qj.quantize_model(WithAuxiliary(nnx.Rngs(0)), "octav-w4a4")
+    with pytest.raises(ValueError, match=r"auxiliary does not run .* Rule\('auxiliary'\) in front"):
+        pack_model(unused, FEATURES)
+    stacked = qj.quantize_model(Stack(nnx.Rngs(0)), "octav-w4a4")
+    with pytest.raises(ValueError, match=r"layers is a stack .* Rule\('layers'\) in front"):
+        pack_model(stacked, FEATURES)
+
+
+@pytest.mark.parametrize("alone", ["first", "second", None])
+def test_a_kernel_that_a_layer_in_float_shares_stays_there(alone, tmp_path):
+    rules = [qj.Rule(".*", qj.Quantizer(qj.Int(4)), qj.Quantizer(qj.Int(8)))]
+    if alone:
+        rules.insert(0, qj.Rule(alone))
+    model = qj.quantize_model(Tied(nnx.Rngs(0)), qj.Policy(rules))
+    packed = pack_model(model, FEATURES)
+    np.testing.assert_array_equal(run(packed, FEATURES), run(model, FEATURES))
+    save_packed(packed, tmp_path / "m")
+    loaded = load_packed(Tied(nnx.Rngs(1)), tmp_path / "m")
+    np.testing.assert_array_equal(run(loaded, FEATURES), run(model, FEATURES))
+
+
+def test_a_masked_kernel_is_packed_with_its_mask(tmp_path):
+    def masked():
+        mask = jnp.tril(jnp.ones((3, 3, 4)))
+        return nnx.Sequential(nnx.Conv(3, 4, (3,), mask=mask, rngs=nnx.Rngs(0)))
+
+    inputs = jax.random.normal(jax.random.key(0), (2, 7, 3))
+    model = qj.quantize_model(masked(), "octav-w4a4")
+    packed = pack_model(model, inputs)
+    np.testing.assert_array_equal(run(packed, inputs), run(model, inputs))
+    save_packed(packed, tmp_path / "m")
+    loaded = load_packed(masked(), tmp_path / "m")
+    np.testing.assert_array_equal(run(loaded, inputs), run(model, inputs))
+
+
+def test_the_result_has_the_dtype_that_the_layer_prefers():
+    layer = nnx.Linear(
+        8, 4, dtype=jnp.bfloat16, preferred_element_type=jnp.float32, rngs=nnx.Rngs(0)
+    )
+    model = qj.quantize_model(nnx.Sequential(layer), "octav-w4a4")
+    expected = run(model, FEATURES)
+    found = run(integer_model(pack_model(model, FEATURES)), FEATURES)
+    assert found.dtype == expected.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, atol=1e-2)
