@@ -9,10 +9,11 @@ import dataclasses
 import functools
 import html
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
+from jax import lax
 
 from qat_jax import ops
 from qat_jax.diagnostics import fake_quant_with_diagnostics
@@ -63,9 +64,10 @@ class QuantizedModel:
 
     def _intercept(self, call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
         module = context.module
-        rule = self.placed.get("/".join(module.path))
+        rule = self.placed.get("/".join(module.path), _ALONE)
         kind = _kind(module)
-        if context.method_name != "__call__" or rule is None or kind is None:
+        alone = rule.weights is None and rule.activations is None
+        if context.method_name != "__call__" or kind is None or alone:
             return call(*args, **kwargs)
         fields = _REPLACEMENTS[kind](module, rule, args, kwargs)
         before = {field: getattr(module, field) for field in fields}
@@ -96,7 +98,9 @@ def quantize_model(
       The model under the policy.
 
     Raises:
-      ValueError: if a rule matches no layer; it lists the paths there are.
+      ValueError: if a rule matches no layer (it lists the paths there are), a matched layer already
+        has an operation of its own in the place where the quantised one would go, or a layer runs
+        inside ``nn.jit``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -107,22 +111,15 @@ def quantize_model(
     """
     sites = _sites(module, args, kwargs)
     if isinstance(policy, str):
-        convolutions = [path for path, kind in sites.items() if kind is nn.Conv]
-        dense = [path for path, kind in sites.items() if kind in (nn.Dense, nn.DenseGeneral)]
+        convolutions = [path for path, site in sites.items() if site.kind is nn.Conv]
+        dense = [path for path, site in sites.items() if site.kind in (nn.Dense, nn.DenseGeneral)]
         policy = preset_for_layers(policy, convolutions, dense)
     placed = policy.place(list(sites))
-    layers = tuple(
-        LayerReport(
-            path=path,
-            kind=kind.__name__,
-            weights=placed[path].weights if path in placed and kind is not _ATTENTION else None,
-            activations=placed[path].activations if path in placed else None,
-        )
-        for path, kind in sites.items()
-    )
+    layers = tuple(_layer(path, site, placed.get(path, _ALONE)) for path, site in sites.items())
     return QuantizedModel(module, placed, Report(layers))
 
 
+_ALONE = Rule(".*")
 _ATTENTION = nn.MultiHeadDotProductAttention
 
 
@@ -181,23 +178,11 @@ def _attention(module: Any, rule: Rule, args: tuple, kwargs: dict) -> dict[str, 
     return {"attention_fn": attention}
 
 
-def _promotion(
-    module: Any,
-    rule: Rule,
-    axes: Callable[[jax.Array, jax.Array], tuple[ops.OperandAxes, ops.OperandAxes]],
-) -> dict[str, Any]:
-    """Quantise input and kernel where a layer promotes them to a common dtype."""
-    lhs, rhs = _operands(module, rule)
-    promote_dtype = module.promote_dtype
-
-    def promote(*arrays: Any, **kwargs: Any) -> tuple:
-        x, kernel, bias = promote_dtype(*arrays, **kwargs)
-        x_axes, kernel_axes = axes(x, kernel)
-        x = x if lhs is None else lhs(x, *x_axes)
-        kernel = kernel if rhs is None else rhs(kernel, *kernel_axes)
-        return x, kernel, bias
-
-    return {"promote_dtype": promote}
+def _promotion(module: Any, rule: Rule, axes: Callable[..., tuple]) -> dict[str, Any]:
+    promote = module.promote_dtype
+    if isinstance(promote, _Promotion):  # of the call around this one, such as a subclass's
+        promote = promote.promote
+    return {"promote_dtype": _Promotion(promote, *_operands(module, rule), axes)}
 
 
 # The fields that take quantised operations: (module, rule, call's arguments) -> {field: value}.
@@ -233,6 +218,30 @@ class _Operand:
         return x
 
 
+@dataclasses.dataclass(frozen=True)
+class _Promotion:
+    """Quantises input and kernel where a layer promotes them to a common dtype.
+
+    Attributes:
+      promote: the layer's own promotion.
+      lhs: quantiser of the input, or None.
+      rhs: quantiser of the kernel, or None.
+      axes: (input, kernel) -> the axes of each.
+    """
+
+    promote: Callable[..., tuple]
+    lhs: _Operand | None
+    rhs: _Operand | None
+    axes: Callable[[jax.Array, jax.Array], tuple[ops.OperandAxes, ops.OperandAxes]]
+
+    def __call__(self, *arrays: Any, **kwargs: Any) -> tuple:
+        x, kernel, bias = self.promote(*arrays, **kwargs)
+        x_axes, kernel_axes = self.axes(x, kernel)
+        x = x if self.lhs is None else self.lhs(x, *x_axes)
+        kernel = kernel if self.rhs is None else self.rhs(kernel, *kernel_axes)
+        return x, kernel, bias
+
+
 def _operands(module: nn.Module, rule: Rule) -> tuple[_Operand | None, _Operand | None]:
     """The quantisers of a layer's input and kernel."""
     return (
@@ -246,20 +255,78 @@ def _kind(module: nn.Module) -> type[nn.Module] | None:
     return next((kind for kind in _REPLACEMENTS if isinstance(module, kind)), None)
 
 
-def _sites(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, type[nn.Module]]:
-    """Path and type of each layer that can be quantised, in the order in which they run."""
-    sites: dict[str, type[nn.Module]] = {}
+class _Site(NamedTuple):
+    """A layer that can be quantised.
+
+    Attributes:
+      kind: its type among those that can.
+      own: the field in which it has an operation of its own, or None.
+    """
+
+    kind: type[nn.Module]
+    own: str | None
+
+
+def _layer(path: str, site: _Site, rule: Rule) -> LayerReport:
+    """What a layer gets."""
+    weights = None if site.kind is _ATTENTION else rule.weights
+    if site.own is not None and (weights is not None or rule.activations is not None):
+        raise ValueError(
+            f"{path} already has a {site.own} of its own: quantise the model "
+            f"before that is set, or leave the layer alone with Rule({path!r}) in front"
+        )
+    return LayerReport(path, site.kind.__name__, weights, rule.activations)
+
+
+# Part of the key of JAX's caches: what Linen's jit traced elsewhere must not hide layers here.
+_recording = jax.make_user_context(False)
+
+
+def _sites(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, _Site]:
+    """The layers that can be quantised, by path, in the order in which they run."""
+    sites: dict[str, _Site] = {}
 
     def record(call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
         kind = _kind(context.module)
         if context.method_name == "__call__" and kind is not None:
-            sites.setdefault("/".join(context.module.path), kind)
+            path = "/".join(context.module.path)
+            _refuse_jit(path, context.module)
+            sites.setdefault(path, _Site(kind, _own_operation(context.module)))
         return call(*args, **kwargs)
 
     def init(key: jax.Array) -> Any:
         rngs = dict.fromkeys(("params", "dropout"), key)
         return module.init(rngs, *args, **kwargs)
 
-    with nn.intercept_methods(record):
+    with _recording(True), nn.intercept_methods(record):
         jax.eval_shape(init, jax.random.key(0))
     return sites
+
+
+def _refuse_jit(path: str, module: Any) -> None:
+    """Linen's jit shares traces among models and paths, whatever their rules are."""
+    if any("jit(" in name for name in module.scope.debug_path):
+        raise ValueError(
+            f"layer {path!r} runs inside nn.jit, whose cache knows nothing of rules: take nn.jit "
+            "off the model, and compile the whole call instead, as in jax.jit(model.apply)"
+        )
+
+
+# The fields in which a layer can have an operation of its own: what they hold if it has none.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "dot_general": (None, lax.dot_general),
+    "dot_general_cls": (None,),
+    "conv_general_dilated": (None, lax.conv_general_dilated),
+    "conv_general_dilated_cls": (None,),
+    "attention_fn": (nn.dot_product_attention,),
+    "qk_attn_weights_einsum_cls": (None,),
+    "attn_weights_value_einsum_cls": (None,),
+}
+
+
+def _own_operation(module: nn.Module) -> str | None:
+    """The field in which a layer has an operation of its own."""
+    for field, plain in _PLAIN.items():
+        if getattr(module, field, plain[0]) not in plain:
+            return field
+    return None

@@ -144,3 +144,120 @@ def test_scanned_layers_with_remat():
     np.testing.assert_allclose(quantized.apply(variables, x), expected, rtol=1e-4, atol=1e-5)
     gradient = jax.jit(jax.grad(lambda v: jnp.sum(quantized.apply(v, x))))(variables)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+
+
+@nn.jit
+class JittedBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(6, name="dense")(x)
+
+
+def test_a_layer_inside_linens_jit_is_refused():
+    """Whose cache gives a quantised model the float trace, and all blocks the first one's rule."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="head")(JittedBlock(name="block")(x))
+
+    x = jax.random.normal(KEY, (2, 6))
+    variables = Net().init(KEY, x)  # what Linen has traced before makes no difference
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"'block/dense' runs inside nn\.jit.*jax\.jit"):
+            qlinen.quantize_model(Net(), EVERYWHERE, x)
+    kernel = variables["params"]["block"]["dense"]["kernel"]
+    head = variables["params"]["head"]["kernel"]
+    np.testing.assert_allclose(Net().apply(variables, x), x @ kernel @ head, rtol=1e-4, atol=1e-5)
+
+
+def test_linens_jit_around_other_layers_is_none_of_our_business():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="head")(nn.jit(nn.LayerNorm)(name="norm")(x))
+
+    x = jax.random.normal(KEY, (2, 6))
+    variables = Net().init(KEY, x)
+    quantized = qlinen.quantize_model(Net(), EVERYWHERE, x)
+    assert not np.allclose(quantized.apply(variables, x), Net().apply(variables, x), atol=1e-3)
+
+
+def my_dot_general(*args, **kwargs):
+    return 2 * jax.lax.dot_general(*args, **kwargs)
+
+
+def my_conv(*args, **kwargs):
+    return 2 * jax.lax.conv_general_dilated(*args, **kwargs)
+
+
+def my_attention(query, key, value, **kwargs):
+    return 2 * value
+
+
+@pytest.mark.parametrize(
+    ("layer", "field"),
+    [
+        (nn.Dense(8, dot_general=my_dot_general), "dot_general"),
+        (nn.Dense(8, dot_general_cls=lambda: my_dot_general), "dot_general_cls"),
+        (nn.DenseGeneral(8, dot_general=my_dot_general), "dot_general"),
+        (nn.Conv(8, (3,), conv_general_dilated=my_conv), "conv_general_dilated"),
+        (nn.Conv(8, (3,), conv_general_dilated_cls=lambda: my_conv), "conv_general_dilated_cls"),
+        (nn.MultiHeadDotProductAttention(2, attention_fn=my_attention), "attention_fn"),
+        (nn.MultiHeadDotProductAttention(2, qkv_dot_general=my_dot_general), "dot_general"),
+        (
+            nn.MultiHeadDotProductAttention(
+                2,
+                qk_attn_weights_einsum_cls=lambda: jnp.einsum,
+                attn_weights_value_einsum_cls=lambda: jnp.einsum,
+            ),
+            "qk_attn_weights_einsum_cls",
+        ),
+    ],
+)
+def test_a_layers_own_operation_is_not_overwritten(layer, field):
+    x = jax.random.normal(KEY, (2, 5, 4))
+    with pytest.raises(ValueError, match=f"already has a {field} of its own: .*Rule\\("):
+        qlinen.quantize_model(layer, EVERYWHERE, x)
+    variables = layer.init(KEY, x)
+    alone = qlinen.quantize_model(layer, qj.Policy([qj.Rule(".*")]), x)
+    np.testing.assert_array_equal(alone.apply(variables, x), layer.apply(variables, x))
+
+
+def test_the_usual_operation_may_be_given_by_name():
+    layer = nn.Dense(8, dot_general=jax.lax.dot_general)
+    x = jax.random.normal(KEY, (2, 4))
+    variables = layer.init(KEY, x)
+    y = qlinen.quantize_model(layer, EVERYWHERE, x).apply(variables, x)
+    kernel = qj.fake_quant(variables["params"]["kernel"], W4, channel_axis=1)
+    np.testing.assert_allclose(y, A4(x) @ kernel, rtol=1e-5, atol=1e-5)
+
+
+class MyEinsum(nn.Einsum):
+    @nn.compact
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+class MyConvTranspose(nn.ConvTranspose):
+    @nn.remat
+    @nn.compact
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "subclass"),
+    [
+        (nn.Einsum((4, 3), "nta,ab->ntb"), MyEinsum((4, 3), "nta,ab->ntb")),
+        (nn.ConvTranspose(3, (2,)), MyConvTranspose(3, (2,))),
+    ],
+)
+def test_a_call_of_the_superclass_quantises_once(layer, subclass):
+    x = jax.random.normal(KEY, (2, 5, 4))
+    variables = layer.init(KEY, x)
+    y, sown = (
+        qlinen.quantize_model(net, EVERYWHERE, x).apply(variables, x, mutable=["diagnostics"])
+        for net in (layer, subclass)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), y, sown)
