@@ -47,7 +47,7 @@ from experiments.tables import write_csv
 from qat_jax.bit_allocation import allocate_bits, average_bits
 from qat_jax.formats import Format
 from qat_jax.granularity import ChannelAxis, Granularity, VectorAxis
-from qat_jax.nnx import OperandQuantizer, layer_sites
+from qat_jax.nnx import OperandQuantizer, is_weight, layer_sites
 from qat_jax.padding import without_padding
 from qat_jax.sensitivity import OWN, losses_of, with_replaced_quantizers, with_switches
 from qat_jax.training.workdir import Workdir
@@ -92,7 +92,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         placed = policy.place(paths)
         rules = {path: placed[path] for path in paths if path in placed}
         model = bench.quantised(config)
-        alternatives = candidates(rules, wanted.candidates) if wanted.suggest_bits else {}
+        alternatives = candidates(model, wanted.candidates) if wanted.suggest_bits else {}
 
     folder.begin(settings)
     inputs = bench.first_inputs(config.batch_size)
@@ -194,23 +194,21 @@ def layer_rows(
     ]
 
 
-def candidates(
-    rules: Mapping[str, qj.Rule], bits: Sequence[int]
-) -> dict[str, dict[int, qj.Quantizer]]:
+def candidates(model: nnx.Module, bits: Sequence[int]) -> dict[str, dict[int, qj.Quantizer]]:
     """By kernel and bits: the quantisers that a suggestion chooses from.
 
     Raises:
         ValueError: a kernel's codes are not integers.
     """
     found = {}
-    for layer, rule in rules.items():
-        if rule.weights is None:
+    for path, operand in qj.operand_quantizers(model).items():
+        if not is_weight(path):
             continue
-        format = rule.weights.format
-        if not isinstance(format, qj.Int):
-            raise ValueError(f"{layer} has codes of {format}, of which there are no other bits")
-        found[f"{layer}/weights"] = {
-            b: dataclasses.replace(rule.weights, format=dataclasses.replace(format, bits=b))
+        own = operand.quantizer
+        if not isinstance(own.format, qj.Int):
+            raise ValueError(f"{path} has codes of {own.format}, of which there are no other bits")
+        found[path] = {
+            b: dataclasses.replace(own, format=dataclasses.replace(own.format, bits=b))
             for b in bits
         }
     return found

@@ -4,10 +4,13 @@ import csv
 import json
 
 import pytest
+from flax import nnx
 
 import qat_jax as qj
 from configs.cifar10_resnet20_ptq import get_config
 from experiments import cli, inspect, ptq
+from qat_jax.models import BertForQuestionAnswering, BertSize
+from qat_jax.nnx import is_weight
 from qat_jax.sensitivity import with_switches
 from tests.experiments import resnet8
 
@@ -67,6 +70,16 @@ def test_operands_layers_and_a_policy(tmp_path, weights, capsys):
     assert cli.main(ptq.run, ptq.__doc__, own) == 0
     again = json.loads((tmp_path / "ptq" / "result.json").read_text())["metrics"]
     assert again["test_accuracy"] == metrics["suggested_accuracy"]
+
+
+def test_kernels_have_candidates_and_attention_which_has_no_kernel_none():
+    size = BertSize(layers=1, hidden=16, heads=2, intermediate=16, vocabulary=20, positions=9)
+    bert = BertForQuestionAnswering(size, rngs=nnx.Rngs(0))
+    model = qj.quantize_model(bert, qj.preset("vsquant-4/8/6/10"))
+    found = inspect.candidates(model, (3, 8))
+    assert set(found) == {path for path in qj.operand_quantizers(model) if is_weight(path)}
+    assert "bert/layers/0/attention/query/weights" in found
+    with_switches(model, {kernel: list(by_bits.values()) for kernel, by_bits in found.items()})
 
 
 @pytest.mark.parametrize(("batches", "same"), [(1, True), (0, False)])
