@@ -162,7 +162,8 @@ def test_a_layer_inside_linens_jit_is_refused():
             return nn.Dense(3, name="head")(JittedBlock(name="block")(x))
 
     x = jax.random.normal(KEY, (2, 6))
-    variables = Net().init(KEY, x)  # what Linen has traced before makes no difference
+    rngs = {"params": KEY, "dropout": KEY}
+    variables = Net().init(rngs, x)  # what Linen has traced before makes no difference
     for _ in range(2):
         with pytest.raises(ValueError, match=r"'block/dense' runs inside nn\.jit.*jax\.jit"):
             qlinen.quantize_model(Net(), EVERYWHERE, x)
