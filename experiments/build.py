@@ -104,10 +104,9 @@ def float_model(config: ConfigDict) -> nnx.Module:
         ValueError: there is no such model, or the weights are of another.
         FileNotFoundError: the file of weights does not exist.
     """
-    settings = config.model.to_dict()
-    name, pretrained = settings.pop("name"), settings.pop("pretrained")
-    if name not in _MODELS:
-        raise ValueError(f"model.name is {name!r}: give one of {', '.join(_MODELS)}")
+    name, settings = _model_name(config), config.model.to_dict()
+    del settings["name"]
+    pretrained = settings.pop("pretrained")
     if "dtype" in settings:
         settings["dtype"] = jnp.dtype(settings["dtype"])
     model = _MODELS[name](**settings, rngs=nnx.Rngs(config.seed))
@@ -115,6 +114,13 @@ def float_model(config: ConfigDict) -> nnx.Module:
         path = find_pretrained(pretrained).weights
         load_weights(_loaded_part(model, path), path)
     return model
+
+
+def _model_name(config: ConfigDict) -> str:
+    name = config.model.name
+    if name not in _MODELS:
+        raise ValueError(f"model.name is {name!r}: give one of {', '.join(_MODELS)}")
+    return name
 
 
 def _loaded_part(model: nnx.Module, path: Path) -> nnx.Module:
@@ -179,7 +185,7 @@ def ptq_policy(config: ConfigDict) -> qj.Policy | None:
         if not equals:
             raise ValueError(f"quant.overrides has {override!r}: write PATTERN=NOTATION")
         overrides.append(qj.Rule.from_notation(pattern, notation, **options))
-    first, last = _ENDS[config.model.name]
+    first, last = _ENDS[_model_name(config)]
     if quant.notation in BLOCK_FORMATS:
         ends = [qj.Rule.from_notation(end, quant.edges) for end in (first, last) if end]
         rest = qj.Policy([*ends, *qj.preset(quant.notation).rules])
@@ -200,7 +206,7 @@ def quantised_model(config: ConfigDict) -> nnx.Module:
     model, quant = float_model(config), config.quant
     if quant.get("policy"):
         return qj.quantize_model(model, qj.policy_from_yaml(quant.policy))
-    first, last = _ENDS[config.model.name]
+    first, last = _ENDS[_model_name(config)]
     if quant.notation:
         policy = qj.Policy.from_notation(
             quant.notation,

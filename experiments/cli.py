@@ -219,7 +219,7 @@ def setup_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (DataError, ValueError, FileNotFoundError) as error:
+    except (DataError, ValueError, OSError) as error:
         raise UsageError(str(error)) from error
 
 

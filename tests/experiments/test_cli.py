@@ -95,6 +95,11 @@ def test_a_bug_keeps_its_traceback():
         cli.main(run, "usage", argv(CONFIG, "--workdir=x"))
 
 
+def test_a_file_that_cannot_be_read_is_wrong_usage(tmp_path):
+    with pytest.raises(cli.UsageError, match="Is a directory"), cli.setup_errors():
+        tmp_path.read_text()
+
+
 def test_help_teaches_and_does_nothing(capsys):
     assert cli.main(lambda config, workdir: 1 / 0, "\nhow to use it\n", argv("--help")) == 0
     assert capsys.readouterr().out == "how to use it\n"

@@ -98,6 +98,13 @@ def test_without_weights_there_is_nothing_to_quantise(tmp_path, weights, capsys)
     assert not (tmp_path / "x").exists()
 
 
+def test_a_model_that_does_not_exist_is_told(tmp_path, weights, capsys):
+    arguments = command(tmp_path / "x", weights, "--config.model.name=foo")
+    assert cli.main(ptq.run, ptq.__doc__, arguments) == cli.WRONG_USAGE
+    assert "model.name is 'foo': give one of cifar_resnet, " in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_collecting_nothing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished run"):
         collect.gather(tmp_path)

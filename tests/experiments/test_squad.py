@@ -139,7 +139,11 @@ def test_an_answer_is_shown_where_it_stands_brackets_and_all(capsys):
 
 @pytest.mark.parametrize(
     ("run", "text", "message"),
-    [("none", "text", "holds no run"), ("trained", "none", "No such file")],
+    [
+        ("none", "text", "holds no run"),
+        ("trained", "none", "No such file"),
+        ("none", ".", "Is a directory"),
+    ],
 )
 def test_what_cannot_be_answered_is_told(trained, tmp_path, capsys, run, text, message):
     (tmp_path / "text").write_text("red cat")
