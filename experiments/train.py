@@ -39,6 +39,7 @@ import qat_jax as qj
 from experiments import build, cli, tasks
 from qat_jax import data
 from qat_jax.models import save_weights
+from qat_jax.nnx import is_weight
 from qat_jax.training import hosts
 from qat_jax.training.checkpoint import Checkpoints
 from qat_jax.training.loop import NON_FINITE, Plan, fit
@@ -83,11 +84,12 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     with cli.setup_errors():
         # Devices
         devices = Placement.over_all_devices(config.fsdp)
-        if config.batch_size % config.accumulate:
+        if config.accumulate < 1 or config.batch_size % config.accumulate:
             raise ValueError(
                 f"accumulate {config.accumulate} does not divide batch_size {config.batch_size}"
             )
-        devices.check_batch_size(config.batch_size // config.accumulate)
+        examples = config.batch_size // config.accumulate
+        devices.check_batch_size(examples)
 
         # Data
         task = build.task(config)
@@ -99,6 +101,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if config.get("retrains") and config.model.pretrained is None:
             raise ValueError("this recipe retrains a network: pass --config.model.pretrained=FILE")
         model = build.quantised_model(config)
+        check_shards(model, examples)
 
         def first_inputs(count: int) -> Iterator[tuple[jax.Array, ...]]:
             return tasks.calibration_inputs(
@@ -221,6 +224,19 @@ def join_hosts(config: ConfigDict) -> None:
         hosts.join(config.coordinator, config.processes, config.index)
         if not hosts.is_first():
             cli.speak_only_of_errors()
+
+
+def check_shards(model: nnx.Module, examples: int) -> None:
+    """Raises ValueError unless so many examples can be cut into each activation's shards."""
+    for path, operand in qj.operand_quantizers(model).items():
+        granularity = operand.quantizer.granularity
+        if is_weight(path) or not isinstance(granularity, qj.PerShard):
+            continue
+        if examples % granularity.count:
+            raise ValueError(
+                f"the {granularity.count} shards of {path} do not divide {examples} examples, "
+                "which is batch_size over accumulate: choose a quant.shards or batch_size that can"
+            )
 
 
 def collected(config: ConfigDict) -> dict[str, Collected]:

@@ -262,6 +262,9 @@ def test_carried_thresholds_are_saved_and_taken_up_again(tmp_path):
         (["--config.total_epochs=0"], "the run has no step"),
         (["--config.log_every_steps=0"], "log_every must be at least 1"),
         (["--config.batch_size=0"], "batch_size"),
+        (["--config.accumulate=0"], "accumulate 0 does not divide batch_size 64"),
+        ([*FOUR_BITS, "--config.quant.shards=3"], "3 shards of conv1/activations do not divide 64"),
+        ([*FOUR_BITS, "--config.quant.shards=64", "--config.accumulate=2"], "do not divide 32"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, capsys, changes, message):
