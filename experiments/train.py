@@ -189,7 +189,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             if validation_source:
                 measured = {f"validation_{name}": value for name, value in metrics.items()}
                 metrics = judge(state, test_source)
-                if resumed_at != plan.total:  # else its line is already written
+                if not writer.has(plan.total, "test"):  # else by a run that was ended after it
                     writer.write(plan.total, "test", metrics)
 
     # Result

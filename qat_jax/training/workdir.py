@@ -147,6 +147,7 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Workdir, step: int | None):
+        self._path = workdir.metrics_path
         self._file, self._events = None, None
         if not workdir.writes:
             return
@@ -183,6 +184,13 @@ class MetricWriter:
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(f"{split}/{name}", value, step)
+
+    def has(self, step: int, split: str) -> bool:
+        """Whether the line of a step and a split is written; False where nothing is."""
+        if self._file is None:
+            return False
+        lines = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
+        return any((line["step"], line["split"]) == (step, split) for line in lines)
 
 
 def flatten(metrics: Mapping[str, Any]) -> dict[str, float | int]:

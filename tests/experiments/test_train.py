@@ -87,6 +87,14 @@ def test_held_out_images_are_looked_at_in_training_and_test_images_once(tmp_path
     assert metrics["validation_accuracy"] == tested[1]["accuracy"]
     assert metrics["test_accuracy"] == tested[2]["accuracy"]
 
+    # Killed after the last checkpoint, before or after the test images were looked at.
+    whole = (tmp_path / "run" / "metrics.jsonl").read_text()
+    for left in (whole.splitlines(keepends=True)[:-1], whole.splitlines(keepends=True)):
+        (tmp_path / "run" / "metrics.jsonl").write_text("".join(left))
+        (tmp_path / "run" / "result.json").unlink()
+        assert main(tmp_path / "run", *changes) == 0
+        assert (tmp_path / "run" / "metrics.jsonl").read_text() == whole
+
 
 def test_a_finished_run_is_not_repeated(finished, capsys):
     before = contents(finished)

@@ -107,3 +107,16 @@ def test_a_resumed_writer_repeats_no_step(tmp_path):
     with MetricWriter(folder, None):
         assert steps(folder.metrics_path) == []
     assert list(tmp_path.glob("events.*"))
+
+
+def test_a_writer_knows_the_lines_there_are(tmp_path):
+    folder = Workdir(tmp_path)
+    folder.begin(CONFIG)
+    with MetricWriter(folder, None) as writer:
+        assert not writer.has(3, "test")
+        writer.write(3, "train", {"loss": 1.0})
+        assert not writer.has(3, "test")
+        writer.write(3, "test", {"loss": 1.0})
+        assert writer.has(3, "test")
+    with MetricWriter(Workdir(tmp_path, writes=False), None) as reader:
+        assert not reader.has(3, "test")
