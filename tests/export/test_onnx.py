@@ -160,6 +160,61 @@ def test_frozen_thresholds_are_exported_as_they_are():
         assert min(abs(codes - whole) for whole in (7, 15, 127, 255)) < 1e-3
 
 
+HALF = {
+    "convolution": lambda dtype: nnx.Conv(8, 12, (3, 3), dtype=dtype, rngs=nnx.Rngs(0)),
+    "linear": lambda dtype: nnx.Linear(8, 5, dtype=dtype, rngs=nnx.Rngs(0)),
+    "to float32": lambda dtype: nnx.Linear(
+        8, 5, dtype=dtype, preferred_element_type=jnp.float32, rngs=nnx.Rngs(0)
+    ),
+}
+
+
+def in_half_precision(layer, dtype, policy):
+    model = nnx.Sequential(HALF[layer](dtype), nnx.relu)
+    return model if policy is None else qj.quantize_model(model, policy)
+
+
+@pytest.mark.parametrize("policy", [None, "max-w8a8", "vsquant-4/4U/4/6"])
+@pytest.mark.parametrize("layer", HALF)
+def test_float16_is_computed_alike(layer, policy):
+    model = in_half_precision(layer, jnp.float16, policy)
+    for calibrate in (False, policy is not None):
+        if calibrate:
+            qj.calibrate(model, [INPUTS])
+        expected = run(model, INPUTS)
+        found = in_runtime(to_onnx(model, INPUTS), INPUTS)
+        assert found.dtype == expected.dtype
+        np.testing.assert_allclose(found, expected, atol=4e-3)
+
+
+@pytest.mark.parametrize("policy", [None, "max-w8a8", "vsquant-4/4U/4/6"])
+def test_bfloat16_is_valid_or_refused(policy, tmp_path):
+    exported = to_onnx(in_half_precision("linear", jnp.bfloat16, policy), INPUTS)
+    onnx.checker.check_model(exported, full_check=True)
+    assert exported.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
+    convolution = in_half_precision("convolution", jnp.bfloat16, policy)
+    with pytest.raises(ValueError, match=r"Conv.*bfloat16.*build the model with dtype=jnp.float32"):
+        save_onnx(convolution, tmp_path / "m.onnx", INPUTS)
+    assert not list(tmp_path.iterdir())
+
+
+class WithUnusedAttention(nnx.Module):
+    def __init__(self, rngs):
+        self.body = nnx.Linear(8, 5, rngs=rngs)
+        self.unused = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.body(x)
+
+
+def test_attention_that_never_runs_is_left_out():
+    maxima = qj.Quantizer(qj.Int(8), clipping=qj.AbsMax())
+    policy = qj.Policy([qj.Rule("body|unused", maxima, maxima)])
+    model = qj.quantize_model(WithUnusedAttention(nnx.Rngs(0)), policy)
+    found = in_runtime(to_onnx(model, INPUTS), INPUTS)
+    np.testing.assert_allclose(found, run(model, INPUTS), atol=2e-5)
+
+
 def test_a_network_of_zeros_stays_one():
     model = qj.quantize_model(nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0))), "max-w8a8")
     exported = to_onnx(model, jnp.ones((2, 8)))

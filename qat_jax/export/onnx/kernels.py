@@ -97,6 +97,9 @@ class StoredKernel:
 
     def dequantized(self, graph: Graph) -> Tensor:
         """The kernel in a graph: its codes, and nodes that make numbers of them."""
+        return graph.cast(self._in_float32(graph), self.dtype)
+
+    def _in_float32(self, graph: Graph) -> Tensor:
         codes = self.codes.astype(code_dtype(self.codes.min() < 0, self.bits))
         axes = self.groups.axes
         own = [size == length for size, length in zip(self.scale.shape, self.shape, strict=True)]

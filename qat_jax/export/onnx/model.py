@@ -7,6 +7,8 @@ import jax
 import jax.export
 import onnx
 from flax import nnx
+from onnx.checker import MAXIMUM_PROTOBUF, ValidationError
+from onnx.shape_inference import InferenceError
 
 from qat_jax.array_file import draft_of
 from qat_jax.export.any_batch import without_its_size
@@ -27,6 +29,10 @@ def to_onnx(model: nnx.Module, *inputs: Any, batch_size: int | None = None) -> o
 
     Where a format takes its sign from the data, the sign is that of these inputs.
 
+    Quantisers compute in float32 in a model of half precision too. ONNX's opset 21 has no
+    convolutions and pooling in bfloat16, and ONNX Runtime hardly anything for processors: for it
+    build the model in float32 or float16.
+
     Args:
       model: an NNX model, quantised or not, packed or not; it is exported in evaluation mode.
       *inputs: a batch for it.
@@ -37,7 +43,7 @@ def to_onnx(model: nnx.Module, *inputs: Any, batch_size: int | None = None) -> o
       likewise.
 
     Raises:
-      ValueError: the model holds something that has no counterpart.
+      ValueError: the model holds something that has no counterpart, or not in its dtype.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,7 +74,7 @@ def to_onnx(model: nnx.Module, *inputs: Any, batch_size: int | None = None) -> o
     values = [graph.input(n, s.shape, s.dtype) for n, s in zip(names, shapes, strict=True)]
     outputs = translate(graph, program, values)
     outputs_shapes = [x.shape for x in jax.tree.leaves(result)]
-    return graph.finish(outputs, outputs_shapes, type(model).__name__)
+    return _checked(graph.finish(outputs, outputs_shapes, type(model).__name__))
 
 
 def save_onnx(
@@ -88,3 +94,16 @@ def save_onnx(
     """
     with draft_of(path) as draft:
         draft.write_bytes(to_onnx(model, *inputs, batch_size=batch_size).SerializeToString())
+
+
+def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, which ONNX's checker accepts."""
+    if sum(len(array.raw_data) for array in model.graph.initializer) > MAXIMUM_PROTOBUF:
+        return model  # too large for the checker
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (ValidationError, InferenceError) as error:
+        raise ValueError(
+            f"ONNX's checker refuses the graph, {error}: build the model with dtype=jnp.float32"
+        ) from error
+    return model

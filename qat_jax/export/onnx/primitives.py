@@ -538,6 +538,7 @@ def _dot_general(
     bunches = [*((axis,) for axis in w_batch), tuple(w_summed), w_free]
     w = _kernel(graph, w, bunches)
     found = (*x.shape[:-1], math.prod(columns))
+    x, w = graph.cast(x, dtype), graph.cast(w, dtype)  # which may be wider
     y = graph.node("MatMul", x, w, shape=found, dtype=dtype)
     return graph.reshape(y, shape)
 
@@ -565,6 +566,7 @@ def _conv_general_dilated(
     numbers = dimension_numbers
     x = graph.ordered(graph.transpose(x, numbers.lhs_spec))
     w = _kernel(graph, w, [(axis,) for axis in numbers.rhs_spec])
+    x, w = graph.cast(x, dtype), graph.cast(w, dtype)  # which may be wider
     y = graph.node(
         "Conv", x, w,
         shape=tuple(shape[axis] for axis in numbers.out_spec),

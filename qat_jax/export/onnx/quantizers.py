@@ -100,7 +100,7 @@ class TracedQuantizer:
 def quantize_dequantize(
     graph: Graph, x: Tensor, code_step: Any, step: Any, *, groups: Groups, format: Int
 ) -> Tensor:
-    """The nodes of the primitive.
+    """The nodes of the primitive, in float32 as the simulation is.
 
     A step for the whole array, or for each vector, makes a pair of ONNX's operators. Others have
     none, and are computed in floating point.
@@ -113,6 +113,13 @@ def quantize_dequantize(
       groups: which elements share them.
       format: of the codes.
     """
+    numbers, code_step, step = (graph.cast(value, np.float32) for value in (x, code_step, step))
+    return graph.cast(_in_float32(graph, numbers, code_step, step, groups, format), x.dtype)
+
+
+def _in_float32(
+    graph: Graph, x: Tensor, code_step: Any, step: Any, groups: Groups, format: Int
+) -> Tensor:
     if math.prod(step.shape) == 1:
         code_step, step = (graph.reshape(value, ()) for value in (code_step, step))
         return _with_one_step(graph, x, code_step, step, format)
@@ -227,7 +234,8 @@ def traced_model(model: nnx.Module, *inputs: Any) -> nnx.Module:
         if operand is None:
             return None
         path = paths[id(operand)]
-        return TracedQuantizer.of(operand, path, negative=bool((codes[path].codes < 0).any()))
+        negative = path in codes and bool((codes[path].codes < 0).any())  # it may never run
+        return TracedQuantizer.of(operand, path, negative=negative)
 
     for site in layer_sites(model):
         match site.installed:
