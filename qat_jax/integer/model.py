@@ -187,7 +187,7 @@ def pack_model(model: nnx.Module, *inputs: Any) -> nnx.Module:
 
     Args:
       model: a quantised NNX model; it is left as it is.
-      *inputs: a batch for it, of any size.
+      *inputs: a batch for it, of any size that the shards of activations divide (see `PerShard`).
 
     Returns:
       A copy that computes the same, bit for bit, in evaluation mode. Its state holds codes and

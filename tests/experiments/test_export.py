@@ -98,6 +98,18 @@ def test_a_network_trained_by_a_policy_file_needs_it_no_more(tmp_path):
     assert quantizer == qj.preset("vsquant-4/4/4/6").rules[0].activations
 
 
+@pytest.mark.parametrize("static", [0, 1])
+def test_a_network_trained_in_shards_is_packed_from_as_many_examples(tmp_path, static):
+    arguments = ["train", "--config=configs/digits.py:bits=4", f"--workdir={tmp_path / 'run'}"]
+    arguments += ["--config.model.width=4", "--config.total_epochs=0.1", "--config.batch_size=64"]
+    arguments += ["--config.quant.shards=4", f"--config.quant.static_batches={static}"]
+    assert cli.main(train.run, train.__doc__, arguments) == 0
+    assert main(tmp_path / "run", "safetensors", tmp_path / "m") == 0
+    model, example = export.packed_model(tmp_path / "run")
+    assert len(example[0]) == 4
+    assert jnp.isfinite(model(*example)).all()
+
+
 def test_what_cannot_be_exported_is_said_and_nothing_written(trained, tmp_path, capsys):
     assert main(tmp_path, "safetensors", tmp_path / "m") == cli.WRONG_USAGE
     assert "holds no run" in capsys.readouterr().err
