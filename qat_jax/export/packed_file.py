@@ -50,8 +50,8 @@ def save_packed(model: nnx.Module, path: str | Path) -> None:
 
     Raises:
       FileNotFoundError: the folder of ``path`` does not exist.
-      ValueError: the model is not packed, a quantiser is a class of one's own, or ``path`` is a
-        folder.
+      ValueError: the model is not packed, a quantiser is a class of one's own, a kernel is cut into
+        shards, or ``path`` is a folder.
     """
     arrays = {name: np.asarray(variable.get_value()) for name, variable in _others(model)}
     for name, quantizer in operand_quantizers(model).items():
@@ -62,6 +62,11 @@ def save_packed(model: nnx.Module, path: str | Path) -> None:
         if not isinstance(site.installed, PackedOp):
             continue
         packed = site.installed.weights.packed
+        if packed.groups.runs > 1:
+            raise ValueError(
+                f"{site.weights} is cut into {packed.groups.runs} shards, for which a file has no "
+                "place: quantise weights with PerTensor or PerChannel"
+            )
         kernels[site.weights] = {
             "shape": packed.shape,
             "dtype": np.dtype(packed.dtype).name,
