@@ -29,6 +29,9 @@ def to_onnx(model: nnx.Module, *inputs: Any, batch_size: int | None = None) -> o
 
     Where a format takes its sign from the data, the sign is that of these inputs.
 
+    On x86 processors without VNNI, ONNX Runtime's products of 8-bit codes saturate: there set the
+    session's option ``session.x64quantprecision`` to ``"1"`` with ``add_session_config_entry``.
+
     Quantisers compute in float32 in a model of half precision too. ONNX's opset 21 has no
     convolutions and pooling in bfloat16, and ONNX Runtime hardly anything for processors: for it
     build the model in float32 or float16.
@@ -81,6 +84,8 @@ def save_onnx(
     model: nnx.Module, path: str | Path, *inputs: Any, batch_size: int | None = None
 ) -> None:
     """Write `to_onnx` of a model to a file.
+
+    See there for the option without which ONNX Runtime's 8-bit products may saturate.
 
     Args:
       model: as for `to_onnx`.
