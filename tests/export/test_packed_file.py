@@ -165,7 +165,7 @@ def test_kernels_cut_into_shards_have_no_place_in_a_file(tmp_path):
     policy = qj.Policy([qj.Rule(".*", qj.Quantizer(qj.Int(4), granularity=qj.PerShard(4)))])
     layer = nnx.Sequential(nnx.Linear(8, 5, rngs=nnx.Rngs(0)))
     model = pack_model(qj.quantize_model(layer, policy), INPUTS)
-    with pytest.raises(ValueError, match="layers/0/weights .* PerTensor or PerChannel"):
+    with pytest.raises(ValueError, match=r"layers/0/weights .* PerTensor or PerChannel"):
         save_packed(model, tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
 
