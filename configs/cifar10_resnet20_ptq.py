@@ -5,8 +5,8 @@
         --config.model.pretrained=PATH/akamaster_resnet20.safetensors
 
 First convolution and classifier at 8 bits, clipped at the maximum. Expected accuracy on the first
-1,000 test images (standard error about 0.9; float 91.5), dynamic thresholds, batches of 250, about
-ten seconds a run on two CPU cores:
+1,000 test images (standard error about 0.9; float 91.5), dynamic thresholds, batches of 250, one
+or two minutes a run on two CPU cores, most of them compilation:
 
     notation   weights and activations clipped at the maximum   by OCTAV
     8/8U       91.5                                             91.6

@@ -87,8 +87,9 @@ Each file names its command, commit, device and seed. No accelerator and no Imag
 were at hand; the counterparts are smaller networks on fewer images.
 
 - OCTAV, tables 1 and 2. CIFAR-10, ResNet-20 retrained from its float weights for one epoch, at 3
-  and 4 bits: [`qat_cifar10_resnet20.md`](qat_cifar10_resnet20.md); for two to five epochs at 2 to 4
-  bits, with images held out:
+  and 4 bits: [`qat_cifar10_resnet20.md`](qat_cifar10_resnet20.md); with
+  images held out, for two to five epochs at 2 to 4 bits, and for one epoch at 2 bits by each
+  gradient, by the maximum and with static thresholds, the 2-bit ones at a learning rate of 0.05:
   [`qat_cifar10_resnet20_held_out.md`](qat_cifar10_resnet20_held_out.md). Handwritten digits,
   ResNet-8 from scratch, three seeds: [`quickstart.json`](quickstart.json).
 - OCTAV's ImageNet networks: one training step of each at 4 bits, 16 images of noise of full size:
