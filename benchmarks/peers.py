@@ -63,6 +63,10 @@ def _brevitas(x: np.ndarray, bits: int, quantizer: str) -> Search:
     layer.weight.data = torch.from_numpy(np.ascontiguousarray(x.T))  # channels first
 
     def search() -> np.ndarray:
+        for module in layer.modules():
+            if hasattr(module, "init_done"):  # a layer searches once and keeps what it found
+                module.init_done = False
+                torch.nn.init.ones_(module.value)
         with torch.no_grad():
             scale = layer.weight_quant(layer.weight).scale
         return scale.numpy().reshape(1, -1) * (2 ** (bits - 1) - 1)
