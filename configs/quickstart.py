@@ -18,7 +18,7 @@ Expected test accuracy (360 images, mean ± standard deviation of 3 seeds; an im
 
 So on digits four bits cost a point with the maximum and half of one with OCTAV; two bits cost 3.6
 with the maximum and 0.8 to 1.8 with OCTAV. Three seeds tell no more than that: another rounding
-moves a row by a point (results/quickstart.json). About three minutes on two CPU cores.
+moves a row by a point (results/quickstart.json). About four minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict

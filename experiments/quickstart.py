@@ -4,7 +4,7 @@ Usage:
     python -m experiments.quickstart --workdir=DIR [--config.KEY=VALUE …]
 
 Examples:
-    The comparison as published, about three minutes on two cores (`make quickstart` is the same):
+    The comparison as published, three to four minutes on two cores (`make quickstart` is the same):
 
         python -m experiments.quickstart --workdir=runs/quickstart
 
