@@ -214,12 +214,14 @@ def _fits(shape: tuple[int, ...], granularity: Granularity, kernel: tuple[int, .
         return math.prod(shape) == 1
     if kernel is None or not isinstance(granularity, PerChannel | PerVector):
         return True
-    # Vectors lie along the input features, or through the window of a depthwise kernel.
-    size = granularity.size if isinstance(granularity, PerVector) else 1
-    window = -(-math.prod(kernel[:-2]) // size)
+    possible = [{1, length} for length in kernel]
+    if isinstance(granularity, PerVector):
+        # They lie along the input features, or through the window of a depthwise kernel.
+        window = math.prod(kernel[:-2])
+        for lengths, length in zip(possible, kernel, strict=True):
+            lengths.update(-(-cut // granularity.size) for cut in (length, window))
     return len(shape) == len(kernel) and all(
-        found in (1, length, -(-length // size), window)
-        for found, length in zip(shape, kernel, strict=True)
+        found in lengths for found, lengths in zip(shape, possible, strict=True)
     )
 
 

@@ -56,7 +56,7 @@ def ignore_padding(mask: jax.Array | None) -> Iterator[None]:
         >>> bool(same.all())
         True
     """
-    traced = _is_tracing()
+    traced = mask is not None and _is_tracing()
     token = _padding.set(_Padding(mask, traced))
     key = None if mask is None else object() if traced else "outside"
     try:
@@ -81,7 +81,7 @@ def without_padding(x: jax.Array, axes: tuple[int, int] | None) -> jax.Array:
     mask, traced = _padding.get()
     if mask is None:
         return x
-    if _is_tracing() and not traced:
+    if not traced and _is_tracing():
         raise ValueError(
             "ignore_padding is outside the compiled function, which would keep this mask for good: "
             "give the function the mask as an argument and enter ignore_padding inside"

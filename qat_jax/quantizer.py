@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable
 
 import jax
@@ -354,6 +353,6 @@ def _fake_quant_at(
 
 
 def _hashable(axis: ChannelAxis | VectorAxis) -> int | tuple[int, ...] | None:
-    if axis is None or hasattr(axis, "__index__"):  # NumPy's integers, too
-        return axis if axis is None else operator.index(axis)
-    return tuple(axis)
+    if axis is None:
+        return None
+    return int(axis) if isinstance(axis, int | np.integer) else tuple(axis)

@@ -1,3 +1,5 @@
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +105,13 @@ def test_thresholds_of_another_model_are_refused(tmp_path):
         with pytest.raises(ValueError, match="'layers/0/weights', which does not go with"):
             qj.load_thresholds(other, file)
         assert all(q.threshold is None for q in operand_quantizers(other).values())
+    shapes = {1: True, 16: True, 9: False}  # of a 3x3 window nothing is known but its channels
+    conv = nnx.Conv(4, 16, (3, 3), rngs=nnx.Rngs(0))
+    for channels, fits in shapes.items():
+        bare = qj.quantize_model(conv, qj.Policy.from_notation("4/4"))
+        np.savez(tmp_path / "c.npz", weights=np.ones((1, 1, 1, channels), np.float32))
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="does not go"):
+            qj.load_thresholds(bare, tmp_path / "c.npz")
     per_tensor = qj.Quantizer(qj.Int(4))
     rule = qj.Rule(".*", weights=per_tensor, activations=per_tensor)
     with pytest.raises(ValueError, match="does not go with"):

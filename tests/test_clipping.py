@@ -206,6 +206,7 @@ def test_fixed_thresholds():
         Fixed((1.0, 2.0)).threshold(x, Int(4), (0,))
     for value in ([1.0, 2.0], np.array([1, 2], np.float32)):
         assert hash(Fixed(value)) == hash(Fixed((1.0, 2.0)))
+    assert hash(Fixed(((1.0, 2.0), (3.0, 4.0)))) == hash(Fixed((1.0, 2.0, 3.0, 4.0)))
     assert repr(Fixed(np.float64(0.5))) == "Fixed(value=0.5)"
     for bad in (-1.0, float("nan"), (1.0, float("inf"))):
         with pytest.raises(ValueError, match="finite and not negative"):

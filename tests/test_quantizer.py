@@ -123,7 +123,8 @@ def test_not_a_number_and_infinity_poison_their_group(clipping):
 def test_axes_may_be_numpys():
     x = jnp.arange(6.0).reshape(2, 3)
     quantizer = Quantizer(Int(4), PerChannel())
-    np.testing.assert_array_equal(quantizer(x, np.int64(0)), quantizer(x, 0))
+    for axis in (np.int64(0), np.array([0])):
+        np.testing.assert_array_equal(quantizer(x, axis), quantizer(x, 0))
 
 
 def test_codes_need_a_threshold_for_each_group():

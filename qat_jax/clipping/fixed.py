@@ -25,8 +25,11 @@ class Fixed:
     def __post_init__(self) -> None:
         if not all(v >= 0 and math.isfinite(v) for v in np.ravel(self.value)):
             raise ValueError(f"thresholds are finite and not negative, unlike {self.value!r}")
-        value = np.asarray(self.value).tolist()  # of an array or a list: tuples can be hashed
-        object.__setattr__(self, "value", tuple(value) if isinstance(value, list) else value)
+        if np.ndim(self.value):
+            value = tuple(np.ravel(self.value).tolist())  # arrays and lists cannot be hashed
+        else:
+            value = np.asarray(self.value).item()
+        object.__setattr__(self, "value", value)
 
     def threshold(self, x: jax.Array, format: Format, axes: tuple[int, ...]) -> jax.Array:
         """The given thresholds, in the shape of the groups of x."""
