@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -91,7 +92,7 @@ def draft_of(path: str | Path) -> Iterator[Path]:
         raise ValueError(f"{path} is a folder: give the path of a file in it")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"folder {path.parent} does not exist: make it first")
-    draft = path.with_name(f".{path.name}.unfinished")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")  # other processes' apart
     try:
         yield draft
         os.replace(draft, path)

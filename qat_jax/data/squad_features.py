@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import uuid
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from tokenizers import BertWordPieceTokenizer
 
+from qat_jax.array_file import draft_of
 from qat_jax.data.prepare import DataError
 from qat_jax.data.squad import Answer, Question
 
@@ -230,14 +230,8 @@ def cached_features(
         if field.name != "questions"
     }
     folder.mkdir(parents=True, exist_ok=True)
-    # Never a half-written file under the right name, whatever ends the process.
-    draft = folder / f".{uuid.uuid4().hex}.part"
-    try:
-        with draft.open("xb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with draft_of(path) as draft, draft.open("xb") as file:
+        np.savez_compressed(file, **arrays)
     return features
 
 
