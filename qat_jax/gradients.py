@@ -5,12 +5,16 @@ array and [lower, upper] is what the threshold s leaves unclipped: [-s, s], or [
 unsigned grid. Write your own as a function with that signature.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 GradientRule = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+_WHICH = np.arange(8, dtype=np.uint8)[:, None]  # bit of eight
 
 
 def ste(x: jax.Array, lower: jax.Array, upper: jax.Array, g: jax.Array) -> jax.Array:
@@ -21,7 +25,7 @@ def ste(x: jax.Array, lower: jax.Array, upper: jax.Array, g: jax.Array) -> jax.A
 
 def pwl(x: jax.Array, lower: jax.Array, upper: jax.Array, g: jax.Array) -> jax.Array:
     """Piece-wise linear: 1 where x is not clipped, 0 where it is (arXiv:2206.06501, section 4)."""
-    return jnp.where((x < lower) | (x > upper), jnp.zeros_like(g), g)
+    return jnp.where(_is_clipped(x, lower, upper), jnp.zeros_like(g), g)
 
 
 def mad(x: jax.Array, lower: jax.Array, upper: jax.Array, g: jax.Array) -> jax.Array:
@@ -55,8 +59,9 @@ def with_gradient(
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Give ``forward(x, threshold)`` the backward pass of a rule.
 
-    The residuals are x and the threshold, which live anyway; masks are recomputed. The threshold
-    gets no gradient: nothing is differentiated through the search for it.
+    What waits for the backward pass is x and the threshold, or, where the rule is `pwl`, one bit
+    for each element of x: a layer that keeps its quantised input need not keep x beside it. The
+    threshold gets no gradient: nothing is differentiated through the search for it.
 
     Args:
       forward: maps x and its thresholds to an array of x's shape and dtype.
@@ -80,5 +85,46 @@ def with_gradient(
         x, threshold = residuals
         return rule(x, *bounds(x, threshold), g), jnp.zeros_like(threshold)
 
-    function.defvjp(forward_pass, backward_pass)
+    def forward_pass_of_pwl(x: jax.Array, threshold: jax.Array) -> tuple[jax.Array, tuple]:
+        clipped = _is_clipped(x, *bounds(x, threshold))
+        return forward(x, threshold), (_packed(clipped), threshold)
+
+    def backward_pass_of_pwl(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        bits, threshold = residuals
+        clipped = _unpacked(bits, g.shape)
+        return jnp.where(clipped, jnp.zeros_like(g), g), jnp.zeros_like(threshold)
+
+    if rule is pwl:
+        function.defvjp(forward_pass_of_pwl, backward_pass_of_pwl)
+    else:
+        function.defvjp(forward_pass, backward_pass)
     return function
+
+
+def _is_clipped(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
+    return (x < lower) | (x > upper)
+
+
+def _packed(flags: jax.Array) -> jax.Array:
+    """Flags as bits of uint8 [leading axis, …]: eight stretches of all other axes, one on another.
+
+    The leading axis stays, since devices share arrays along it.
+    """
+    rows = flags.reshape(_rows(flags.shape))
+    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % 8)))
+    bits = rows.reshape(rows.shape[0], 8, rows.shape[1] // 8).astype(jnp.uint8) << _WHICH
+    # A reduction: eight operations on slices, compilers would rather do anew from x.
+    return jax.lax.reduce(bits, np.uint8(0), jax.lax.bitwise_or, (1,))
+
+
+def _unpacked(bits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The flags, of that shape, that `_packed` made bits of."""
+    flags = (bits[:, None] >> _WHICH) & 1
+    count, length = _rows(shape)
+    return flags.reshape(count, 8 * bits.shape[1])[:, :length].reshape(shape) != 0
+
+
+def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The length of the leading axis, or 1 where it is the only one, and that of all others."""
+    count = shape[0] if len(shape) > 1 else 1
+    return count, math.prod(shape[1:] if len(shape) > 1 else shape)

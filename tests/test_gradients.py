@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qat_jax import Int, Quantizer, fake_quant
+from qat_jax.gradients import pwl
 
 X = jnp.array([-8.0, -2.0, -0.7, -1e-30, 0.0, 0.3, 1.0, 1.0001, 5.0, 1e30])
 S = 1.0
@@ -84,6 +85,35 @@ def test_residuals_are_the_array_and_its_threshold():
     _, pullback = jax.vjp(quantizer, x)
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(pullback) if hasattr(leaf, "size"))
     assert sizes == [1, 64 * 64]
+
+
+def test_pwl_keeps_one_bit_an_element():
+    x = jnp.ones((4, 64, 64))
+    _, pullback = jax.vjp(Quantizer(Int(4), gradient="pwl"), x)
+    sizes = sorted(leaf.nbytes for leaf in jax.tree.leaves(pullback) if hasattr(leaf, "size"))
+    assert sizes == [4, x.size // 8]
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (1,), (9,), (3, 5), (2, 16), (2, 0, 3), (3, 13, 2), (2, 5, 11, 3, 4)]
+)
+@pytest.mark.parametrize("signed", [True, False, None])
+def test_the_bits_of_pwl_are_those_of_its_rule(shape, signed):
+    """Whatever the shape, and with a threshold for each channel: `pwl` itself, by way of a rule."""
+    x = jax.random.normal(jax.random.key(0), shape)
+    channels = shape[-1:] if len(shape) > 1 else ()
+    each = (*[1] * (len(shape) - len(channels)), *channels)
+    s = jax.random.uniform(jax.random.key(1), each, minval=0.5, maxval=1.5)
+    g = jax.random.normal(jax.random.key(2), shape)
+
+    def mask_anew(x, lower, upper, g):
+        return pwl(x, lower, upper, g)
+
+    format = Int(4, signed=signed)
+    found = gradient("pwl", format, x, s, g)
+    np.testing.assert_array_equal(found, gradient(mask_anew, format, x, s, g))
+    if x.size > 8:
+        assert 0 < (found == 0).sum() < x.size
 
 
 def test_no_gradient_reaches_the_threshold():
