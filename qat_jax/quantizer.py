@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qat_jax.clipping import Clipping, Octav, Refining, accumulation_dtype
-from qat_jax.formats import Format, Int
+from qat_jax.formats import Format, Int, has_negative
 from qat_jax.gradients import GradientRule, gradient_rule, with_gradient
 from qat_jax.granularity import (
     ChannelAxis,
@@ -238,7 +238,7 @@ def _threshold(
         signed, unsigned = (
             search(dataclasses.replace(format, signed=signed)) for signed in (True, False)
         )
-        return jnp.where(jnp.any(x < 0), signed, unsigned)
+        return jnp.where(has_negative(x), signed, unsigned)
     return search(format)
 
 

@@ -127,11 +127,27 @@ def sums(values: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequence[jax.Arr
 def largest_of(magnitude: jax.Array, axes: Sequence[int], keepdims: bool = False) -> jax.Array:
     """Maximum over ``axes``; 0 of nothing, infinity beside NaN.
 
-    A maximum of XLA's CPU backend loses a NaN that a number follows, so none reaches it; asking for
-    them apart would be a second pass over the data.
+    A maximum of XLA's CPU backend loses a NaN that a number follows, so none must reach it. It also
+    writes what it is the maximum of to memory first, here an array without NaN, unless it is one
+    of two results of a reduction: so the other one, where that is fast, says whether there was NaN.
     """
-    magnitude = jnp.where(jnp.isnan(magnitude), jnp.inf, magnitude)
-    return jnp.max(magnitude, axis=tuple(axes), keepdims=keepdims, initial=0)
+    axes = tuple(sorted(axes))
+    # The first of several is left to a maximum alone, which devices know how to share.
+    inner = axes[1:] or axes
+    slow = len(axes) == 1 and axes[0] < magnitude.ndim - 1 and magnitude.shape[axes[0]] > _UNROLLED
+    beside_nan = jnp.isnan(magnitude)
+    if axes and not slow:
+        magnitude, beside_nan = (
+            jnp.expand_dims(found, inner)
+            for found in lax.reduce(
+                (magnitude, beside_nan.astype(np.int32)),
+                (np.zeros((), magnitude.dtype), np.int32(0)),
+                lambda a, b: (jnp.maximum(a[0], b[0]), a[1] | b[1]),
+                inner,
+            )
+        )
+    magnitude = jnp.where(beside_nan > 0, jnp.inf, magnitude)
+    return jnp.max(magnitude, axis=axes, keepdims=keepdims, initial=0)
 
 
 def merged(groups: jax.Array, axes: tuple[int, ...]) -> jax.Array:
