@@ -1,5 +1,6 @@
 """From a config to the things it names: its kind of data, a model, its quantisers."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,12 @@ def require_notation(config: ConfigDict) -> None:
     """
     if config.quant.policy:
         raise ValueError("this main takes a notation, not quant.policy: --config=FILE:4/4U/4/6")
+
+
+def fewest_examples(model: nnx.Module) -> int:
+    """As many as can be cut into the shards of every activation of a quantised model."""
+    found = [operand.quantizer.granularity for operand in qj.operand_quantizers(model).values()]
+    return math.lcm(*(each.count for each in found if isinstance(each, qj.PerShard)))
 
 
 def ptq_policy(config: ConfigDict) -> qj.Policy | None:

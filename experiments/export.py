@@ -23,7 +23,6 @@ Example:
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +34,6 @@ from ml_collections import ConfigDict
 from experiments import build, cli, runs, tasks
 from qat_jax.batch_norm import fold_batch_norm
 from qat_jax.export import load_packed, save_packed, save_stablehlo
-from qat_jax.granularity import PerShard
 from qat_jax.integer import integer_model, pack_model
 from qat_jax.nnx import operand_quantizers
 from qat_jax.training.checkpoint import CheckpointError
@@ -60,22 +58,17 @@ def packed_model(run: Path) -> tuple[nnx.Module, tuple[jax.Array, ...]]:
             example = tasks.first_inputs(task, task.test_source(), 1)
             model = _calibrated(config, run, example)
         else:
-            example = tasks.first_inputs(task, task.test_source(), _fewest_examples(config))
+            untrained = config.copy_and_resolve_references()
+            untrained.model.pretrained = None  # only its quantisers count
+            shapes = nnx.eval_shape(lambda: build.quantised_model(untrained))
+            count = build.fewest_examples(shapes)
+            example = tasks.first_inputs(task, task.test_source(), count)
             trained = runs.trained_model(config, run, *example)
             if not operand_quantizers(trained):
                 raise ValueError(f"{run} is in float: name a run with fewer than 32 bits")
             model = pack_model(trained, *example)
     model.eval()
     return model, example
-
-
-def _fewest_examples(config: ConfigDict) -> int:
-    """As many as can be cut into the shards of every activation of a trained network."""
-    untrained = config.copy_and_resolve_references()
-    untrained.model.pretrained = None  # only its quantisers count
-    model = nnx.eval_shape(lambda: build.quantised_model(untrained))
-    found = [operand.quantizer.granularity for operand in operand_quantizers(model).values()]
-    return math.lcm(*(each.count for each in found if isinstance(each, PerShard)))
 
 
 def _calibrated(config: ConfigDict, run: Path, example: tuple[jax.Array, ...]) -> nnx.Module:

@@ -72,7 +72,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             raise ValueError("a float network has no integers: give a notation, such as 4/4U/4/6")
         bench = Bench.from_config(config)
         simulated = bench.quantised(config)
-        packed = pack_model(simulated, *bench.first_inputs(1))
+        example = bench.first_inputs(build.fewest_examples(simulated))
+        packed = pack_model(simulated, *example)
         name, full = _name_and_full_width(config)
         integers = {
             bits: integer_model(packed, Datapath(scale_product_bits=bits))
@@ -89,7 +90,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     compared = agreement(bench, simulated, integers[None])
     with jax.enable_x64(True):
         exact = in_double(simulated)
-        exact_integers = integer_model(pack_model(exact, *bench.first_inputs(1)))
+        exact_integers = integer_model(pack_model(exact, *example))
         compared_in_double = agreement(bench, exact, exact_integers)
     accuracy = {bits: bench.measure(model)[headline] for bits, model in integers.items()}
     in_float = bench.measure(bench.model)

@@ -116,7 +116,8 @@ class Bench:
             inputs = self._train_inputs(calibration.batches, config.seed)
             qj.calibrate(model, inputs, pool=calibration.pool)
         else:  # weights stay as they are: one search does for all batches
-            qj.calibrate(model, [self.first_inputs(1)], operands=".*weights")
+            example = self.first_inputs(build.fewest_examples(model))
+            qj.calibrate(model, [example], operands=".*weights")
         if calibration.batch_norm_batches:
             inputs = self._train_inputs(calibration.batch_norm_batches, config.seed)
             reestimate_batch_norm(model, (images for (images,) in inputs))
@@ -189,7 +190,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if quantised_model is not bench.model:
         if config.calibration.batches:
             qj.save_thresholds(quantised_model, workdir / THRESHOLDS)
-        save_packed(pack_model(quantised_model, *bench.first_inputs(1)), workdir / PACKED)
+        example = bench.first_inputs(build.fewest_examples(quantised_model))
+        save_packed(pack_model(quantised_model, *example), workdir / PACKED)
     result = folder.finish(settings, metrics, wall_seconds=time.monotonic() - started)
     headline = bench.task.headline
     logger.info(

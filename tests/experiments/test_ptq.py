@@ -170,6 +170,19 @@ def test_wrong_settings_end_before_anything_is_written(tmp_path, weights, capsys
     assert not (tmp_path / "x").exists()
 
 
+def test_a_network_whose_activations_have_shards_is_packed(tmp_path, weights):
+    """From as many examples as its shards can be cut of."""
+    path = tmp_path / "policy.yaml"
+    path.write_text(
+        "- pattern: .*\n"
+        "  weights: {format: Int(4), clipping: AbsMax()}\n"
+        "  activations: {format: Int(4), clipping: AbsMax(), granularity: PerShard(2)}\n"
+    )
+    arguments = command(tmp_path / "x", weights, f"--config.quant.policy={path}")
+    assert cli.main(ptq.run, ptq.__doc__, arguments) == 0
+    assert (tmp_path / "x" / "packed.safetensors").is_file()
+
+
 def test_tables_go_on_where_they_were_stopped(tmp_path, weights, monkeypatch):
     sizes = ptq_tables.TABLES["sizes"]
     monkeypatch.setitem(ptq_tables.TABLES, "sizes", lambda: itertools.islice(sizes(), 3))
