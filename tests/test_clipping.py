@@ -151,6 +151,33 @@ def test_degenerate_groups(rule):
     assert rule.threshold(jnp.zeros((0, 3)), Int(4), (0,)).tolist() == [[0, 0, 0]]
 
 
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((), ()),
+        ((5,), ()),
+        ((5000,), (0,)),
+        ((40, 300), (0,)),
+        ((300, 40), (1,)),
+        ((5, 16), (1,)),
+        ((3, 17, 70), (1, 2)),
+        ((33, 9, 70), (0, 2)),
+        ((33, 9, 70), (1,)),
+        ((12, 20, 30), (2, 0, 1)),
+    ],
+)
+def test_the_maximum_whatever_is_reduced_and_wherever_there_is_nan(shape, axes):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    places = np.random.default_rng(1).integers(0, x.size, 12)
+    for place in {0, x.size - 1, *places.tolist()}:
+        broken = x.copy()
+        broken.reshape(-1)[place] = np.nan
+        for x_ in (x, broken):
+            expected = np.max(np.abs(x_), axis=axes, keepdims=True) if axes else np.abs(x_)
+            found = np.asarray(AbsMax().threshold(jnp.asarray(x_), Int(4), axes))
+            np.testing.assert_array_equal(found, np.where(np.isnan(expected), np.inf, expected))
+
+
 @pytest.mark.parametrize("iterations", range(4))
 def test_infinity_is_visible_whatever_the_parity_of_the_iterations(iterations):
     s = octav(jnp.array([1.0, -jnp.inf, 2]), Int(4), iterations=iterations)
