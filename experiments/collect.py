@@ -5,19 +5,37 @@ Usage:
 
 Reads every DIR/*/result.json and writes results/NAME.json, which has each run's command, commit,
 versions, device, seed and metrics, and results/NAME.md, a table of those that trained a network or
-quantised one. Folders of the machine are left out of the commands: what stands before a file's own
-name becomes PATH.
+quantised one, images and questions apart. Folders of the machine are left out of the commands: what
+stands before a file's own name becomes PATH.
 """
 
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments import cli
 
 COLUMNS = ("notation", "weight_bits", "activation_bits", "clipping", "gradient", "narrow")
+
+
+class Measure(NamedTuple):
+    """What says how good a network is.
+
+    Attributes:
+        name: its metric's, in [0, 1].
+        title: over its column.
+        examples: what it is measured on.
+    """
+
+    name: str
+    title: str
+    examples: str
+
+
+ACCURACY = Measure("accuracy", "accuracy", "images")
+F1 = Measure("f1", "F1", "questions")
 
 
 def gather(runs: Path) -> list[dict[str, Any]]:
@@ -40,22 +58,26 @@ def gather(runs: Path) -> list[dict[str, Any]]:
             )
         for bulky in ("diagnostics", "effective_bits"):  # figures for each layer: too much here
             result["metrics"].pop(bulky, None)
-        result["metrics"]["accuracy_before"] = accuracy_before(path.with_name("metrics.jsonl"))
+        for measure in (ACCURACY, F1):
+            if f"test_{measure.name}" in result["metrics"]:
+                before = metric_before(path.with_name("metrics.jsonl"), measure.name)
+                result["metrics"][f"{measure.name}_before"] = before
         found.append({"name": path.parent.name, **result})
     if not found:
         raise FileNotFoundError(f"no finished run in {runs}: give the folder above the run folders")
     return found
 
 
-def accuracy_before(path: Path) -> float | None:
-    """The accuracy before the first step of training, in [0, 1]; None if not measured.
+def metric_before(path: Path, name: str) -> float | None:
+    """A metric before the first step of training, in [0, 1]; None if not measured.
 
-    On held-out images where there are some, since test images are then looked at only at the end.
+    On held-out examples where there are some, since test examples are then looked at only at the
+    end.
     """
     lines = map(json.loads, path.read_text().splitlines() if path.exists() else ())
     measured = ("validation", "test", "float")
     tested = (line for line in lines if line["step"] == 0 and line["split"] in measured)
-    return next((line["accuracy"] for line in tested), None)
+    return next((line[name] for line in tested), None)
 
 
 def without_folders(command: str) -> str:
@@ -68,14 +90,14 @@ def without_folders(command: str) -> str:
     return re.sub(r"(?<=[=\s])/(?:[^/\s]+/)*(?=[^/\s]+)", "PATH/", command)
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """A Markdown table: what was quantised how, and the test accuracy in per cent.
+def table(results: list[dict[str, Any]], measure: Measure) -> str:
+    """A Markdown table: what was quantised how, and a measure of its test in per cent.
 
-    "before" is the accuracy before training; of a run without training, that in float. Where images
-    were held out it is theirs, and so is "held out", the accuracy after training.
+    "before" is the measure before training; of a run without training, that in float. Where
+    examples were held out it is theirs, and so is "held out", the measure after training.
     """
     header = ["run", *COLUMNS, "seed", "before", "held out"]
-    header += ["test accuracy", "test images", "steps", "minutes"]
+    header += [f"test {measure.title}", f"test {measure.examples}", "steps", "minutes"]
     lines = [" | ".join(header), " | ".join("---" for _ in header)]
     for result in results:
         metrics = result["metrics"]
@@ -83,9 +105,9 @@ def table(results: list[dict[str, Any]]) -> str:
             result["name"],
             *(result["quant"].get(column) or "-" for column in COLUMNS),
             result["seed"],
-            _percent(metrics["accuracy_before"]),
-            _percent(metrics.get("validation_accuracy")),
-            _percent(metrics["test_accuracy"]),
+            _percent(metrics[f"{measure.name}_before"]),
+            _percent(metrics.get(f"validation_{measure.name}")),
+            _percent(metrics[f"test_{measure.name}"]),
             metrics["test_count"],
             metrics.get("steps", "-"),
             f"{result['wall_seconds'] / 60:.1f}",
@@ -94,24 +116,28 @@ def table(results: list[dict[str, Any]]) -> str:
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def _percent(accuracy: float | None) -> str:
-    return "-" if accuracy is None else f"{100 * accuracy:.1f}"
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def write(runs: Path, out: Path) -> str:
-    """Writes the two files; the table.
+    """Writes the two files; the table, or one for each measure that runs have.
 
     Raises:
         FileNotFoundError: there is no finished run.
     """
     results = gather(runs)
     out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    tested = [result for result in results if "test_accuracy" in result["metrics"]]
-    if not tested:
+    tables = []
+    for measure in (ACCURACY, F1):
+        tested = [result for result in results if f"test_{measure.name}" in result["metrics"]]
+        if tested:
+            tables.append(table(tested, measure))
+    if not tables:
         return f"{out.with_suffix('.json')}: {len(results)} runs"
-    lines = table(tested)
-    out.with_suffix(".md").write_text(lines)
-    return lines.rstrip()
+    text = "\n".join(tables)
+    out.with_suffix(".md").write_text(text)
+    return text.rstrip()
 
 
 if __name__ == "__main__":
