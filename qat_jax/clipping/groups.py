@@ -142,7 +142,7 @@ def largest_of(magnitude: jax.Array, axes: Sequence[int], keepdims: bool = False
             for found in lax.reduce(
                 (magnitude, beside_nan.astype(np.int32)),
                 (np.zeros((), magnitude.dtype), np.int32(0)),
-                lambda a, b: (jnp.maximum(a[0], b[0]), a[1] | b[1]),
+                lambda a, b: (lax.max(a[0], b[0]), lax.max(a[1], b[1])),
                 inner,
             )
         )

@@ -81,7 +81,10 @@ def _equation(graph: Graph, equation: JaxprEqn, operands: list[Any]) -> list[Any
         ]
     if name not in _ORDERING:
         operands = [x if isinstance(x, StoredKernel) else graph.ordered(x) for x in operands]
-    (result,) = _described(equation.outvars)
+    results = _described(equation.outvars)
+    if equation.primitive.multiple_results:
+        return _RULES[name](graph, *operands, results=results, **params)
+    (result,) = results
     params = {**params, "shape": result.shape, "dtype": np.dtype(result.dtype)}
     return [_RULES[name](graph, *operands, **params)]
 
@@ -138,7 +141,8 @@ def _rule(
 ) -> Callable[[Rule], Rule]:
     """Registers a function of the graph and the operands.
 
-    By keyword it gets the result's shape and dtype and the primitive's own parameters.
+    By keyword it gets the result's shape and dtype and the primitive's own parameters; of a
+    primitive of several results a description of each, and it returns as many.
     """
 
     def register(rule: Rule) -> Rule:
@@ -480,6 +484,25 @@ def _reduction(
 
 for _name, _operator in _REDUCTIONS.items():
     _rule(_name, orders=True)(partial(_reduction, operator=_operator))
+
+
+@_rule("reduce", orders=True)
+def _maxima(
+    graph: Graph, *operands: Any, results: Sequence[Any], jaxpr: Any, dimensions: Any, **params: Any
+) -> list[Any]:
+    """The maxima of several arrays over the same axes."""
+    del params
+    count = len(results)
+    pairs = zip(jaxpr.invars[:count], jaxpr.invars[count:], strict=True)
+    if [(step.primitive.name, *step.invars) for step in jaxpr.eqns] != [("max", *p) for p in pairs]:
+        raise ValueError(_missing("reduce"))
+    found = []
+    for x, least, result in zip(operands[:count], operands[count:], results, strict=True):
+        dtype = np.dtype(result.dtype)
+        largest = _reduction(graph, x, shape=result.shape, dtype=dtype, axes=dimensions,
+                             operator="ReduceMax")  # fmt: skip
+        found.append(_elementwise(graph, "Max", largest, least, dtype=dtype))
+    return found
 
 
 def _reduce_bool(
