@@ -35,7 +35,7 @@ from experiments import build, cli, runs, tasks
 from qat_jax.batch_norm import fold_batch_norm
 from qat_jax.export import load_packed, save_packed, save_stablehlo
 from qat_jax.integer import integer_model, pack_model
-from qat_jax.nnx import operand_quantizers
+from qat_jax.nnx import operand_quantizers, quantize_model
 from qat_jax.training.checkpoint import CheckpointError
 from qat_jax.training.workdir import Workdir, WorkdirError
 
@@ -54,21 +54,26 @@ def packed_model(run: Path) -> tuple[nnx.Module, tuple[jax.Array, ...]]:
     with cli.setup_errors():
         config = ConfigDict(Workdir(run).settings())
         task = build.task(config)
-        if "calibration" in config:
-            example = tasks.first_inputs(task, task.test_source(), 1)
+        is_calibrated = "calibration" in config
+        untrained = config.copy_and_resolve_references()
+        untrained.model.pretrained = None  # only its quantisers count
+        make = _quantised_for_calibration if is_calibrated else build.quantised_model
+        count = build.fewest_examples(nnx.eval_shape(lambda: make(untrained)))
+        example = tasks.first_inputs(task, task.test_source(), count)
+        if is_calibrated:
             model = _calibrated(config, run, example)
         else:
-            untrained = config.copy_and_resolve_references()
-            untrained.model.pretrained = None  # only its quantisers count
-            shapes = nnx.eval_shape(lambda: build.quantised_model(untrained))
-            count = build.fewest_examples(shapes)
-            example = tasks.first_inputs(task, task.test_source(), count)
             trained = runs.trained_model(config, run, *example)
             if not operand_quantizers(trained):
                 raise ValueError(f"{run} is in float: name a run with fewer than 32 bits")
             model = pack_model(trained, *example)
     model.eval()
     return model, example
+
+
+def _quantised_for_calibration(config: ConfigDict) -> nnx.Module:
+    model, policy = build.float_model(config), build.ptq_policy(config)
+    return model if policy is None else quantize_model(model, policy)
 
 
 def _calibrated(config: ConfigDict, run: Path, example: tuple[jax.Array, ...]) -> nnx.Module:

@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import qat_jax as qj
-from experiments import cli, collect, ptq, ptq_figures, ptq_tables
+from experiments import cli, collect, export, ptq, ptq_figures, ptq_tables
 from experiments.published import PUBLISHED
 from qat_jax.models import CifarResNet, load_weights
 from tests.experiments import resnet8
@@ -175,7 +175,9 @@ def test_a_network_whose_activations_have_shards_is_packed(tmp_path, weights):
     )
     arguments = command(tmp_path / "x", weights, f"--config.quant.policy={path}")
     assert cli.main(ptq.run, ptq.__doc__, arguments) == 0
-    assert (tmp_path / "x" / "packed.safetensors").is_file()
+    model, example = export.packed_model(tmp_path / "x")
+    assert len(example[0]) == 2
+    assert np.isfinite(model(*example)).all()
 
 
 def test_tables_go_on_where_they_were_stopped(tmp_path, weights, monkeypatch):
