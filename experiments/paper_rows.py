@@ -104,11 +104,11 @@ were at hand; the counterparts are smaller networks on fewer images.
   [`qat_cifar10_resnet20_vectors.md`](qat_cifar10_resnet20_vectors.md).
 - VS-Quant, figures 3 to 7: area and energy fitted to the published points, with accuracies measured
   here, `hardware_resnet20_*` ([`docs/hardware.md`](../docs/hardware.md)).
-- OCTAV, table 5. SQuAD v1.1, MiniLM fine-tuned in float for 1.5 epochs of 10,258 questions: F1 68.2,
-  exact match 57.3 on 2,485 held-out questions, [`squad_minilm.md`](squad_minilm.md). Quantised
-  before any training, thresholds found in every batch: `ptq_minilm_bert_dynamic.csv`, on 497 of
-  those questions, from an earlier training by the same recipe (F1 70.8 on the 497; no file of it is
-  here). The published column beside it is BERT-base, trained quantised.
+- OCTAV, table 5. SQuAD v1.1, MiniLM fine-tuned in float for 1.5 epochs of 10,258 questions: F1
+  68.2, exact match 57.3 on 2,485 held-out questions, [`squad_minilm.json`](squad_minilm.json).
+  Quantised before any training, thresholds found in every batch: `ptq_minilm_bert_dynamic.csv`, on
+  497 of those questions, from an earlier training by the same recipe (F1 70.8 on the 497; no file
+  of it is here). The published column beside it is BERT-base, trained quantised.
 - OCTAV, appendix G. The activation of that MiniLM with the heaviest outliers, its error against the
   threshold: `outliers_minilm.*`.
 - OCTAV, section 3 and propositions 4.1 and 4.2; VS-Quant, section 3. Errors against the threshold,
