@@ -25,7 +25,7 @@ def ste(x: jax.Array, lower: jax.Array, upper: jax.Array, g: jax.Array) -> jax.A
 
 def pwl(x: jax.Array, lower: jax.Array, upper: jax.Array, g: jax.Array) -> jax.Array:
     """Piece-wise linear: 1 where x is not clipped, 0 where it is (arXiv:2206.06501, section 4)."""
-    return jnp.where(_is_clipped(x, lower, upper), jnp.zeros_like(g), g)
+    return _unless(_is_clipped(x, lower, upper), g)
 
 
 def mad(x: jax.Array, lower: jax.Array, upper: jax.Array, g: jax.Array) -> jax.Array:
@@ -91,8 +91,7 @@ def with_gradient(
 
     def backward_pass_of_pwl(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         bits, threshold = residuals
-        clipped = _unpacked(bits, g.shape)
-        return jnp.where(clipped, jnp.zeros_like(g), g), jnp.zeros_like(threshold)
+        return _unless(_unpacked(bits, g.shape), g), jnp.zeros_like(threshold)
 
     if rule is pwl:
         function.defvjp(forward_pass_of_pwl, backward_pass_of_pwl)
@@ -103,6 +102,10 @@ def with_gradient(
 
 def _is_clipped(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
     return (x < lower) | (x > upper)
+
+
+def _unless(clipped: jax.Array, g: jax.Array) -> jax.Array:
+    return jnp.where(clipped, jnp.zeros_like(g), g)
 
 
 def _packed(flags: jax.Array) -> jax.Array:
