@@ -42,6 +42,7 @@ GRANULARITIES: dict[str, Granularity] = {
 EXACT = "exact"
 CALIBRATORS: dict[str, Clipping] = {
     "max": qj.AbsMax(),
+    "octav": qj.Octav(),
     "octav, 10 iterations": qj.Octav(10),
     "percentile 99.9": qj.Percentile(99.9),
     "mse sweep, 100 points": qj.MseSweep(100),

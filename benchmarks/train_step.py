@@ -71,8 +71,9 @@ def contestants(workload: Workload) -> dict[str, Quantise]:
         BASELINE: unquantised,
         "fixed thresholds": w4a4(ends, qj.Fixed(1.0)),
         "max": w4a4(ends, qj.AbsMax()),
+        "octav": w4a4(ends, qj.Octav()),
         "octav, 10 iterations": w4a4(ends, qj.Octav(10)),
-        "octav, carried": carried(w4a4(ends, qj.Octav(10))),
+        "octav, carried": carried(w4a4(ends, qj.Octav())),
         f"vectors of 16, {workload.vectors}": vectors,
     }
     if importlib.util.find_spec("qwix"):

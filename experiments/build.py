@@ -81,6 +81,7 @@ _TASKS: dict[str, Callable[[ConfigDict], Task]] = {
 CLIPPINGS: dict[str, Clipping] = {
     "max": qj.AbsMax(),
     "octav": qj.Octav(),
+    "octav10": qj.Octav(10),  # the paper's ten iterations, on all elements
     "exact": qj.Exact(),
     "mse": qj.MseSweep(),
     "entropy": qj.Entropy(),

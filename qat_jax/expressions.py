@@ -60,7 +60,7 @@ def from_text(text: Any) -> Any:
 
     Example:
       >>> from_text("Percentile(99.9)"), from_text("Octav"), from_text("mad")
-      (Percentile(percent=99.9), Octav(iterations=10, noise='grid'), 'mad')
+      (Percentile(percent=99.9), Octav(iterations=None, noise='grid'), 'mad')
     """
     if not isinstance(text, str):
         return text

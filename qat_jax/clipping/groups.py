@@ -73,10 +73,16 @@ def groups_last(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         x = x.reshape(*x.shape[:-2], -1)
     for axis in reversed(range(len(kept), x.ndim)):
         if x.shape[axis] > _BLOCK:
-            x = _split(x, axis, _BLOCK)
+            x = _split(x, axis, _block(x.shape[axis]))
     if x.ndim == len(kept) + 1 and x.shape[-1] > _PARTIAL:
         x = _split(x, x.ndim - 1, -(-x.shape[-1] // _PARTIAL))
     return x
+
+
+def _block(size: int) -> int:
+    """How long the blocks of an axis are: up to `_BLOCK`, a divisor if there is a fair one."""
+    fair = (length for length in range(_BLOCK, _BLOCK // 8, -1) if size % length == 0)
+    return next(fair, _BLOCK)
 
 
 def _split(x: jax.Array, axis: int, length: int) -> jax.Array:
