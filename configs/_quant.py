@@ -21,6 +21,9 @@ def quant_config(arg: str) -> ConfigDict:
     "notation=3/3U/4/6" in the place of bits asks for vectors (see `qat_jax.Notation`); the clipping
     is then that of the weights, activations being scaled by their maximum.
 
+    "clipping=octav10" is OCTAV as in the paper, ten iterations on all elements; "octav" spends them
+    on a sample of large arrays.
+
     "scaling=static" finds all thresholds once, before the first step: the mean of what five batches
     suggest (arXiv:2206.06501, section 5). They are "dynamic" by default, found in every step;
     "carried" finds the same ones sooner, beginning where the search of the step before ended.
@@ -44,7 +47,7 @@ def quant_config(arg: str) -> ConfigDict:
         if not equals or key not in DEFAULTS:
             raise ValueError(
                 f"cannot read {part!r}: give 'float' or some of bits=4, notation=4/4U/4/6, "
-                "clipping=octav|max|exact|mse|p99.9, gradient=mph|mad|pwl|ste, "
+                "clipping=octav|octav10|max|exact|mse|p99.9, gradient=mph|mad|pwl|ste, "
                 "scaling=dynamic|carried|static, separated by commas"
             )
         values[key] = value

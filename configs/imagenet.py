@@ -10,7 +10,7 @@ ARG, separated by commas:
     recipe    scratch, short (retraining) or long; the last two need --config.model.pretrained=FILE,
               safetensors with torchvision's or Hugging Face's names
     bits      of weights and activations; 32 is float. First convolution and classifier have 8
-    clipping  octav, max, mse, exact or a percentile such as p99.9
+    clipping  octav, octav10 (all iterations on all elements), max, mse, exact, p99.9 …
     gradient  mph (MAD for weights, PWL for activations), mad, pwl, ste
     scaling   dynamic: thresholds are found in every step; carried: from those of the step before;
               static: once, on five batches

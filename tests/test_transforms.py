@@ -97,6 +97,13 @@ def on_eight_devices():
     program = jax.jit(lambda x: octav(x, Int(4))).lower(sharded).compile().as_text()
     assert traffic(program) == Traffic(collectives=11, bytes=11 * 3 * 4)
 
+    # Nor does the sample of a large one; over the whole, one iteration is enough here.
+    x = jax.random.normal(jax.random.key(0), (64, 33, 128))
+    large = jax.device_put(x, NamedSharding(mesh, P("data")))
+    search = jax.jit(lambda x: octav(x, Int(4))).lower(large).compile()
+    assert traffic(search.as_text(), unknown_trips=1) == Traffic(12, bytes=12 * 3 * 4)
+    np.testing.assert_allclose(search(large), octav(x, Int(4)), rtol=1e-6)
+
     # With a threshold for each shard nothing travels at all.
     local = Quantizer(Int(4), PerShard(8), Octav())
     program = jax.jit(local).lower(sharded).compile().as_text()

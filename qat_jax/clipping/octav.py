@@ -171,13 +171,14 @@ class _Problem(NamedTuple):
     def _runs(self) -> jax.Array:
         """Large groups as runs of neighbours, [..., runs, elements].
 
-        The first axis of the groups, which may be sharded, is left alone if others are long enough.
+        The first axis of the groups, which may be sharded, is left alone if others are long enough;
+        otherwise a run is a row.
         """
-        shape = self.groups.shape
+        shape, first = self.groups.shape, self.axes[0]
         run = _RUN if shape[-1] % _RUN == 0 else shape[-1]
-        first = self.axes[0]
-        kept = first + 1 if math.prod(shape[first + 1 :]) >= _STRIDE * run else first
-        return self.groups.reshape(*shape[:kept], -1, run)
+        if math.prod(shape[first + 1 :]) >= _STRIDE * run:
+            return self.groups.reshape(*shape[: first + 1], -1, run)
+        return self.groups.reshape(*shape[:first], -1, shape[-1])
 
     def iterate(self, iterations: int) -> jax.Array:
         """Thresholds after so many Newton steps from the mean."""
