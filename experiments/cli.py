@@ -117,7 +117,7 @@ def gathering_main(usage: str, work: Callable[[Path, Path], str]) -> int:
             returns what to print.
 
     Returns:
-        The exit status: 0 done, 1 failed.
+        The exit status: 0 done, 1 failed; of wrong usage argparse exits with 2.
     """
     parser = argparse.ArgumentParser(
         description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -125,6 +125,8 @@ def gathering_main(usage: str, work: Callable[[Path, Path], str]) -> int:
     parser.add_argument("--runs", type=Path, required=True, help="the folder above the run folders")
     parser.add_argument("--out", type=Path, required=True, help="where to write, without a suffix")
     arguments = parser.parse_args()
+    if not arguments.out.parent.is_dir():
+        parser.error(f"--out: there is no folder {arguments.out.parent}: make it first")
     try:
         print(work(arguments.runs, arguments.out))
     except FileNotFoundError as error:

@@ -1,10 +1,11 @@
 """Results of many runs in one table."""
 
 import json
+import sys
 
 import pytest
 
-from experiments import collect
+from experiments import cli, collect
 
 
 def finished(runs, name, before, **metrics):
@@ -62,3 +63,15 @@ def test_what_tested_nothing_is_in_the_json_alone(tmp_path):
 def test_collecting_nothing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished run"):
         collect.gather(tmp_path)
+
+
+def test_a_folder_that_is_missing_is_said_to_be(tmp_path, monkeypatch, capsys):
+    finished(tmp_path / "runs", "a", {"accuracy": 0.1}, test_accuracy=0.9, test_count=10)
+    out = tmp_path / "missing" / "all"
+    monkeypatch.setattr(sys, "argv", ["collect", f"--runs={tmp_path / 'runs'}", f"--out={out}"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.gathering_main("", collect.write)
+    assert "make it first" in capsys.readouterr().err
+    out.parent.mkdir()
+    assert cli.gathering_main("", collect.write) == 0
+    assert out.with_suffix(".json").exists()
