@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from experiments.collect import without_folders
 from qat_jax.training.workdir import device, git_commit, versions
 
 SEED = 0  # of every benchmark
@@ -40,7 +41,7 @@ def write(out: Path, experiment: str, **measured: Any) -> None:
     """
     result = {
         "experiment": experiment,
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": without_folders(shlex.join(["python", *sys.orig_argv[1:]])),
         "git_commit": git_commit(),
         "versions": versions(),
         "device": device(),
