@@ -46,8 +46,9 @@ docs: $(STAMP)  ## build the documentation site, build/site, strictly
 wheel-check: $(STAMP)  ## build the wheel and try it in an environment of its own
 	$(BIN)/python .ci/check_wheel.py $(CONSTRAINTS)
 
-bench: $(STAMP)  ## time the quantised step against the float32 step, and the search for thresholds
+bench: $(STAMP)  ## time quantised steps and forward passes against float32 ones, and the search for thresholds
 	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.thresholds
 
 clean:  ## remove the virtual environment, builds and run folders

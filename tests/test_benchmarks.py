@@ -6,11 +6,25 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import bert_memory, thresholds, train_step
+from benchmarks import bert_memory, inference, thresholds, train_step
 from benchmarks.collectives import Traffic, traffic
 from benchmarks.workloads import WORKLOADS
 from qat_jax import PerTensor
-from qat_jax.models import BertSize, CifarResNet
+from qat_jax.models import BertSize
+
+
+class Small(nnx.Module):
+    """Three layers, the ends of which are called as a ResNet's."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.conv1 = nnx.Conv(3, 16, (3, 3), strides=2, rngs=rngs)
+        self.conv2 = nnx.Conv(16, 64, (3, 3), strides=2, rngs=rngs)
+        self.linear = nnx.Linear(64, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.conv2(nnx.relu(self.conv1(x))))
+        return self.linear(x.mean((1, 2)))
 
 
 @pytest.mark.parametrize(
@@ -31,7 +45,7 @@ def test_the_benchmark_runs_and_reports_ratios(name, compared, tmp_path, monkeyp
     )
     out = tmp_path / "step"
     arguments = [f"--workload={name}", "--batch=2", "--rounds=2", f"--out={out}"]
-    smaller = WORKLOADS["resnet20"]._replace(model=lambda: CifarResNet(8, rngs=nnx.Rngs(0)))
+    smaller = WORKLOADS["resnet20"]._replace(model=Small)
     monkeypatch.setitem(WORKLOADS, "resnet20", smaller)
     monkeypatch.setattr(sys, "argv", ["train_step", *arguments])
     assert train_step.main() == 0
@@ -42,6 +56,23 @@ def test_the_benchmark_runs_and_reports_ratios(name, compared, tmp_path, monkeyp
         assert row["step_ratio_min"] <= row["step_ratio"] <= row["step_ratio_max"]
         assert row["step_seconds"] > 0
     assert "octav, carried" in capsys.readouterr().out
+
+
+def test_forward_passes_are_compared(tmp_path, monkeypatch):
+    out = tmp_path / "inference"
+    smaller = WORKLOADS["resnet20"]._replace(model=Small)
+    monkeypatch.setitem(WORKLOADS, "resnet20", smaller)
+    monkeypatch.setattr(sys, "argv", ["inference", "--batch=2", "--rounds=2", f"--out={out}"])
+    assert inference.main() == 0
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert rows["float"]["ratio"] == 1
+    for kind in ("OCTAV, calibrated", "vectors, 4/4U/4/6"):
+        simulated, packed, integers = (
+            rows[f"{how}, {kind}"] for how in ("simulated", "packed", "integers")
+        )
+        # 4 of 32 bits, and scales, biases and batch norms.
+        assert simulated["kept_bytes"] / 8 < packed["kept_bytes"] < simulated["kept_bytes"] / 5
+        assert packed["kept_bytes"] == integers["kept_bytes"]
 
 
 PROGRAM = """
