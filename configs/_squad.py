@@ -108,6 +108,12 @@ def squad_ptq_config(experiment: str, training: ConfigDict, arg: str) -> ConfigD
             "answers": training.answers,
             "batch_size": 16,
             **ptq_config(arg),
-            "tables": ("bert_calibrators", "bert_dynamic", "bert_vectors", "bert_scales"),
+            "tables": (
+                "bert_calibrators",
+                "bert_weight_calibrators",
+                "bert_dynamic",
+                "bert_vectors",
+                "bert_scales",
+            ),
         }
     )

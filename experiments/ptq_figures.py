@@ -31,6 +31,7 @@ TITLES = {
     "batch_norm": "clipping of the weights, batch norms as they were or re-estimated",
     "depthwise": "what depthwise layers need",
     "bert_calibrators": "static thresholds by calibrator, one scale an output feature or layer",
+    "bert_weight_calibrators": "static thresholds by calibrator, activations at 8 bits",
     "bert_dynamic": "thresholds found in every batch, one scale an output feature or layer",
     "bert_vectors": "vectors of 16 with floating-point scales against the best calibrator",
     "bert_scales": "bits of the scales of weights / activations, vectors of 16",
@@ -43,7 +44,7 @@ def write(runs: Path, out: Path) -> list[Path]:
 
     Args:
         runs: the folder above the run folders.
-        out: where to write, without a suffix; its folder is made.
+        out: where to write, without a suffix.
 
     Returns:
         The files written.
@@ -55,7 +56,6 @@ def write(runs: Path, out: Path) -> list[Path]:
     results = [result for result in results if "cells" in result["metrics"]]
     if not results:
         raise FileNotFoundError(f"no finished run of ptq_tables in {runs}")
-    out.parent.mkdir(parents=True, exist_ok=True)
     written = [out.with_suffix(".json")]
     written[0].write_text(json.dumps([_summary(result) for result in results], indent=1) + "\n")
     per_channel = [

@@ -19,6 +19,8 @@ the end DIR gets result.json.
                  --config.fold_batch_norm=False, since batch norms are re-estimated
     bert_calibrators, bert_vectors, bert_scales
                  the same for BERT: other bits, signed activations          (tables 2, 3, 6)
+    bert_weight_calibrators
+                 what vectors of BERT's weights are compared with
     bert_dynamic thresholds found in every batch   (OCTAV, arXiv:2206.06501, table 5)
 
 --config.tables=calibrators,vectors picks some. Figures and CSVs are made by
@@ -145,10 +147,18 @@ def _batch_norm() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def _bert_calibrators() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for bits in dict.fromkeys((*BERT_EQUAL_BITS, *BERT_BITS)):
+    return _bert_calibrated(BERT_EQUAL_BITS)
+
+
+def _bert_weight_calibrators() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    return _bert_calibrated(BERT_BITS)
+
+
+def _bert_calibrated(bits: tuple[str, ...]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for notation in bits:
         for name in BERT_CALIBRATORS:
-            changes = {"quant.notation": bits, "calibration.batches": BERT_STATIC_BATCHES}
-            yield bits, name, changes | _clipping(name, name)
+            changes = {"quant.notation": notation, "calibration.batches": BERT_STATIC_BATCHES}
+            yield notation, name, changes | _clipping(name, name)
 
 
 def _bert_dynamic() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -195,6 +205,7 @@ TABLES = {
     "batch_norm": _batch_norm,
     "depthwise": _depthwise,
     "bert_calibrators": _bert_calibrators,
+    "bert_weight_calibrators": _bert_weight_calibrators,
     "bert_dynamic": _bert_dynamic,
     "bert_vectors": _bert_vectors,
     "bert_scales": _bert_scales,
