@@ -103,8 +103,8 @@ def measure(x: jax.Array, bits: int, rounds: int) -> list[dict[str, Any]]:
     passes: dict[Case, list[float]] = {case: [] for case in searches}
     for _ in range(rounds):
         for case, search in searches.items():
-            unit = min(_seconds(one_pass, x) for _ in range(3))
-            passes[case].append(_seconds(search, x) / unit)
+            unit = min(seconds(one_pass, x) for _ in range(3))
+            passes[case].append(seconds(search, x) / unit)
     return [
         {
             **case._asdict(),
@@ -124,7 +124,8 @@ def _compiled(function: Callable[..., jax.Array], x: jax.Array) -> Callable[...,
     return compiled
 
 
-def _seconds(function: Callable[..., Any], x: jax.Array) -> float:
+def seconds(function: Callable[..., Any], x: jax.Array) -> float:
+    """How long one call takes."""
     started = time.perf_counter()
     jax.block_until_ready(function(x))
     return time.perf_counter() - started

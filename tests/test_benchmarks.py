@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import bert_memory, inference, thresholds, train_step
+from benchmarks import bert_memory, inference, sizes, thresholds, train_step
 from benchmarks.collectives import Traffic, traffic
 from benchmarks.workloads import WORKLOADS
 from qat_jax import PerTensor
@@ -74,6 +74,16 @@ def test_forward_passes_are_compared(tmp_path, monkeypatch):
         # 4 of 32 bits, and scales, biases and batch norms.
         assert simulated["kept_bytes"] / 8 < packed["kept_bytes"] < simulated["kept_bytes"] / 5
         assert packed["kept_bytes"] == integers["kept_bytes"]
+
+
+def test_every_size_is_timed(tmp_path, monkeypatch):
+    out = tmp_path / "sizes"
+    monkeypatch.setattr(sys, "argv", ["sizes", "--largest=123456", "--rounds=1", f"--out={out}"])
+    assert sizes.main() == 0
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert [row["elements"] for row in rows] == [10_000, 100_000]
+    assert all(value > 0 for row in rows for value in row.values())
+    assert out.with_suffix(".png").stat().st_size > 5000
 
 
 PROGRAM = """
