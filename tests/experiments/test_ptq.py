@@ -200,10 +200,10 @@ def test_tables_go_on_where_they_were_stopped(tmp_path, weights, monkeypatch):
     assert [cell["column"] for cell in metrics["cells"]] == ["1", "2", "4"]
     assert measured == [1, 2]
 
-    ptq_figures.write(tmp_path, tmp_path / "figures" / "net")
-    rows = list(csv.DictReader((tmp_path / "figures" / "net_sizes.csv").open()))
+    ptq_figures.write(tmp_path, tmp_path / "net")
+    rows = list(csv.DictReader((tmp_path / "net_sizes.csv").open()))
     assert [row["column"] for row in rows] == ["1", "2", "4"]
-    assert (tmp_path / "figures" / "net_sizes.png").stat().st_size > 5000
+    assert (tmp_path / "net_sizes.png").stat().st_size > 5000
 
 
 def test_published_figures_are_the_papers(shared_data):
