@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -60,6 +61,9 @@ def draw(rows: list[dict[str, float]], title: str, path: Path) -> None:
         style = "--" if name == ONE_PASS else "-"
         axes.loglog(sizes, [row[name] for row in rows], style, marker="o", label=name)
     axes.set(title=title, xlabel="elements", ylabel="nanoseconds an element")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)
