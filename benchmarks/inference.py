@@ -21,13 +21,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 import qat_jax as qj
-from benchmarks import record
+from benchmarks import record, rounds
 from benchmarks.workloads import WORKLOADS, Workload, w4a4
 from qat_jax import integer
 from qat_jax.training.workdir import device
@@ -92,39 +89,6 @@ def prepare(model: nnx.Module, inputs: tuple[Any, ...]) -> Contestant:
     return Contestant(compiled, state)
 
 
-def summary(measured: dict[str, Contestant]) -> dict[str, dict[str, float]]:
-    """Medians, ratios to the float pass round by round, and bytes."""
-    base = np.array(measured[BASELINE].seconds)
-    rows = {}
-    for name, contestant in measured.items():
-        ratios = np.array(contestant.seconds) / base
-        rows[name] = {
-            "seconds": float(np.median(contestant.seconds)),
-            "ratio": float(np.median(ratios)),
-            "ratio_min": float(ratios.min()),
-            "ratio_max": float(ratios.max()),
-            "kept_bytes": contestant.kept_bytes,
-        }
-    return rows
-
-
-def show(rows: dict[str, dict[str, float]], title: str) -> None:
-    """Print the table."""
-    table = Table(title=title)
-    table.add_column("forward pass")
-    for heading in ("seconds", f"over {BASELINE}", "min … max", "keeps KiB"):
-        table.add_column(heading, justify="right")
-    for name, row in rows.items():
-        table.add_row(
-            name,
-            f"{row['seconds']:.3f}",
-            f"{row['ratio']:.2f}",
-            f"{row['ratio_min']:.2f} … {row['ratio_max']:.2f}",
-            f"{row['kept_bytes'] / 1024:.0f}",
-        )
-    Console().print(table)
-
-
 def main() -> int:
     """Reads the flags, measures, prints and writes."""
     parser = argparse.ArgumentParser(
@@ -143,14 +107,15 @@ def main() -> int:
     for name, model in models(workload, inputs):
         print(f"compiling: {name}", file=sys.stderr)
         measured[name] = prepare(model, inputs)
-    for round_ in range(arguments.rounds):
-        print(f"round {round_ + 1} of {arguments.rounds}", file=sys.stderr)
-        for contestant in measured.values():
-            contestant.run(inputs)
-
-    rows = summary(measured)
+    rounds.run(measured, inputs, arguments.rounds)
+    rows = {
+        name: rounds.ratios(contestant.seconds, measured[BASELINE].seconds)
+        | {"kept_bytes": contestant.kept_bytes}
+        for name, contestant in measured.items()
+    }
     title = f"{workload.title}, forward pass at 4 bits, batch {arguments.batch}"
-    show(rows, f"{title}, {device()['kind']}")
+    kept = {"keeps KiB": lambda row: f"{row['kept_bytes'] / 1024:.0f}"}
+    rounds.show(rows, f"{title}, {device()['kind']}", "forward pass", BASELINE, kept)
     if arguments.out is not None:
         record.write(arguments.out, title, rounds=arguments.rounds, rows=rows)
     return 0

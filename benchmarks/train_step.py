@@ -25,14 +25,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 import qat_jax as qj
-from benchmarks import record
+from benchmarks import record, rounds
 from benchmarks.workloads import WORKLOADS, Quantise, Workload, carried, unquantised, w4a4
 from qat_jax.training.state import create_state
 from qat_jax.training.step import make_train_step
@@ -40,6 +37,7 @@ from qat_jax.training.workdir import device
 
 BASELINE = "unquantised"
 COMPILATIONS = 2
+PREFIX = "step_"  # of what is written of the steps' times
 
 
 @dataclasses.dataclass
@@ -117,38 +115,16 @@ def summary(measured: dict[str, Contestant]) -> dict[str, dict[str, float]]:
     """Medians, and ratios to the baseline round by round; of compilations the shortest."""
     base = measured[BASELINE]
     base_compile = min(base.compile_seconds)
-    rows = {}
-    for name, contestant in measured.items():
-        ratios = np.array(contestant.seconds) / np.array(base.seconds)
-        rows[name] = {
-            "step_seconds": float(np.median(contestant.seconds)),
-            "step_ratio": float(np.median(ratios)),
-            "step_ratio_min": float(ratios.min()),
-            "step_ratio_max": float(ratios.max()),
+    return {
+        name: rounds.ratios(contestant.seconds, base.seconds, PREFIX)
+        | {
             "compile_seconds": min(contestant.compile_seconds),
             "compile_ratio": min(contestant.compile_seconds) / base_compile,
             "temporary_memory_mib": contestant.temporary_bytes / 2**20,
             "memory_ratio": contestant.temporary_bytes / base.temporary_bytes,
         }
-    return rows
-
-
-def show(rows: dict[str, dict[str, float]], title: str) -> None:
-    """Print the table."""
-    table = Table(title=title)
-    table.add_column("step")
-    for heading in ("seconds", f"over {BASELINE}", "min … max", "compile", "memory"):
-        table.add_column(heading, justify="right")
-    for name, row in rows.items():
-        table.add_row(
-            name,
-            f"{row['step_seconds']:.3f}",
-            f"{row['step_ratio']:.2f}",
-            f"{row['step_ratio_min']:.2f} … {row['step_ratio_max']:.2f}",
-            f"{row['compile_ratio']:.2f}",
-            f"{row['memory_ratio']:.2f}",
-        )
-    Console().print(table)
+        for name, contestant in measured.items()
+    }
 
 
 def main() -> int:
@@ -176,14 +152,14 @@ def main() -> int:
     for contestant in measured.values():  # the first step of a program is not like the others
         contestant.run(batch)
         contestant.seconds.clear()
-    for round_ in range(arguments.rounds):
-        print(f"round {round_ + 1} of {arguments.rounds}", file=sys.stderr)
-        for contestant in measured.values():
-            contestant.run(batch)
-
+    rounds.run(measured, batch, arguments.rounds)
     rows = summary(measured)
     title = f"{workload.title}, training step at 4 bits, batch {batch_size}"
-    show(rows, f"{title}, {device()['kind']}")
+    others = {
+        "compile": lambda row: f"{row['compile_ratio']:.2f}",
+        "memory": lambda row: f"{row['memory_ratio']:.2f}",
+    }
+    rounds.show(rows, f"{title}, {device()['kind']}", "step", BASELINE, others, PREFIX)
     if arguments.out is not None:
         record.write(arguments.out, title, rounds=arguments.rounds, rows=rows)
     return 0
