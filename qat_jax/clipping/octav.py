@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qat_jax.clipping.groups import arranged, keepdims_shape, sums
+from qat_jax.clipping.loops import repeat, while_loop
 from qat_jax.clipping.protocol import accumulation_dtype, uniform
 from qat_jax.formats import Format, Int
 from qat_jax.granularity import normalize_axes
@@ -185,26 +186,26 @@ class _Problem(NamedTuple):
         # From 0, where all but the zeros lie above and no rounding noise weighs, the first step
         # lands on the mean: the start needs no code of its own. A loop, not an unrolled chain: on
         # the CPU it keeps XLA from recomputing x in every pass.
-        return lax.fori_loop(0, iterations + 1, lambda _, s: self.newton(s)[0], self.zeros)
+        return repeat(iterations + 1, lambda _, s: self.newton(s)[0], self.zeros)
 
     def settle(self, start: jax.Array) -> jax.Array:
         """Thresholds that have settled, from some nearby; those not finite begin anew."""
         start = jnp.where(jnp.isfinite(start), start, 0) + self.zeros
 
-        def unsettled(carry: tuple[Any, ...]) -> jax.Array:
-            i, s, last, _ = carry
+        def unsettled(i: jax.Array, carry: tuple[Any, ...]) -> jax.Array:
+            s, last, _ = carry
             return (i == 0) | ((i < _SETTLING) & ~settled(s, last, self.c))
 
-        def newton(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            i, s, _, led = carry
+        def newton(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            s, _, led = carry
             found, above, inside = self.newton(s)
             led = led | (above != 0)
             # Beyond all elements no iteration leads down.
             lower = jnp.where((i == 0) & (inside > 0), s / 2, 0)
-            return i + 1, jnp.where(led, found, lower), s, led
+            return jnp.where(led, found, lower), s, led
 
         none = self.zeros != 0
-        _, s, _, _ = lax.while_loop(unsettled, newton, (jnp.int32(0), start, start, none))
+        s, _, _ = while_loop(unsettled, newton, (start, start, none))
         return s
 
     def newton(self, s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

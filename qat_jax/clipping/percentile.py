@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qat_jax.clipping.groups import groups_last, keepdims_shape, largest_of
+from qat_jax.clipping.loops import repeat
 from qat_jax.clipping.protocol import accumulation_dtype
 from qat_jax.formats import Format
 
@@ -72,5 +73,5 @@ def _at_rank(magnitude: jax.Array, rank: int, axes: tuple[int, ...]) -> jax.Arra
         return jnp.where(below <= rank, candidate, found)
 
     nothing = jnp.zeros_like(jnp.max(bits, axes, keepdims=True))
-    found = lax.fori_loop(0, last_bit, try_bit, nothing)
+    found = repeat(last_bit, try_bit, nothing)
     return lax.bitcast_convert_type(found, magnitude.dtype)
