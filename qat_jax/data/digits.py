@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from sklearn.datasets import load_digits
 
 from qat_jax.data.prepare import prepare_once, resolve_data_dir
 
@@ -47,6 +46,9 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager  # nothing to download
+        # Two seconds of imports, for whoever prepares the digits alone.
+        from sklearn.datasets import load_digits
+
         images, labels = load_digits(return_X_y=True)
         images = grey_levels_to_uint8(images).reshape(-1, *IMAGE_SHAPE)
         train, test = stratified_split(labels)
