@@ -130,6 +130,11 @@ def sums(values: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequence[jax.Arr
     return [together[..., index] for index in range(len(values))]
 
 
+def count(flags: jax.Array) -> jax.Array:
+    """Flags as `sums` adds them up: int32, since only then XLA's CPU backend uses vectors."""
+    return jnp.where(flags, 1, 0).astype(jnp.int32)
+
+
 def largest_of(magnitude: jax.Array, axes: Sequence[int], keepdims: bool = False) -> jax.Array:
     """Maximum over ``axes``; 0 of nothing, infinity beside NaN.
 

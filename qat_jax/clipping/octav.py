@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qat_jax.clipping.groups import arranged, keepdims_shape, sums
+from qat_jax.clipping.groups import arranged, count, keepdims_shape, sums
 from qat_jax.clipping.loops import repeat, while_loop
 from qat_jax.clipping.protocol import accumulation_dtype, uniform
 from qat_jax.formats import Format, Int
@@ -214,8 +214,7 @@ class _Problem(NamedTuple):
         Those are the counts of what lies above this s and of what lies inside and is not 0.
 
         What lies above s is summed as excess over it. Whatever is summed depends on s: XLA would
-        compute all else, such as magnitudes, ahead of a loop and write it to memory. Counts are
-        int32, since only then XLA's CPU backend uses vectors.
+        compute all else, such as magnitudes, ahead of a loop and write it to memory.
         """
         wide = jnp.expand_dims(s, self.axes)
         x = self.groups.astype(s.dtype)
@@ -226,14 +225,14 @@ class _Problem(NamedTuple):
             clipped = jnp.maximum(clipped, -wide)
             nonzero = clipped != 0
         excess = jnp.abs(x - clipped)
-        above = _count(excess != 0)  # NaN is
+        above = count(excess != 0)  # NaN is
         if math.prod(x.shape[axis] for axis in self.axes) < _PACKED:
             # Of short groups both counts in one number: a third one to add would double the time.
-            excess, packed = sums((excess, above + _PACKED * _count(nonzero)), self.axes)
+            excess, packed = sums((excess, above + _PACKED * count(nonzero)), self.axes)
             nonzero = jnp.floor(packed / _PACKED)
             above = packed - _PACKED * nonzero
         else:
-            excess, above, nonzero = sums((excess, above, _count(nonzero)), self.axes)
+            excess, above, nonzero = sums((excess, above, count(nonzero)), self.axes)
         # At s = 0 all is clipped to 0.
         inside = jnp.maximum(nonzero - above, 0)
         weight = self.c * inside + above
@@ -260,7 +259,3 @@ def settled(s: jax.Array, before: jax.Array, c: jax.Array) -> jax.Array:
     """
     share = jnp.minimum(_SETTLED, _SETTLED_NOISE * jnp.sqrt(c))
     return jnp.all(jnp.abs(s - before) <= share * s)
-
-
-def _count(flags: jax.Array) -> jax.Array:
-    return jnp.where(flags, 1, 0).astype(jnp.int32)

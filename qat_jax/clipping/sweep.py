@@ -9,6 +9,9 @@ from jax import lax
 from qat_jax.clipping.groups import keepdims_shape, rescaled, sums, unit_groups
 from qat_jax.formats import Format
 
+# Points tried in one pass. XLA's CPU backend uses vectors for sums of several arrays, not of one.
+_TOGETHER = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class MseSweep:
@@ -34,17 +37,26 @@ class MseSweep:
         grid = format.grid(x)
         groups, group_axes, largest = unit_groups(x, format, axes)
 
-        def try_point(
+        def squared_error(point: jax.Array) -> jax.Array:
+            step = point * (1 / grid.steps)
+            return jnp.square(groups - grid.round(groups / step) * step)
+
+        def try_points(
             i: jax.Array, best: tuple[jax.Array, jax.Array]
         ) -> tuple[jax.Array, jax.Array]:
             error, threshold = best
-            point = i.astype(largest.dtype) / self.points
-            step = point * (1 / grid.steps)
-            rest = groups - grid.round(groups / step) * step
-            (at_point,) = sums([jnp.square(rest)], group_axes)
-            better = at_point < error
-            return jnp.where(better, at_point, error), jnp.where(better, point, threshold)
+            first = i * _TOGETHER + 1
+            # What lies beyond the last is the last once more, which is no better.
+            tried = [jnp.minimum(first + k, self.points) for k in range(_TOGETHER)]
+            points = [index.astype(largest.dtype) / self.points for index in tried]
+            errors = sums([squared_error(point) for point in points], group_axes)
+            for point, at_point in zip(points, errors, strict=True):
+                better = at_point < error
+                error = jnp.where(better, at_point, error)
+                threshold = jnp.where(better, point, threshold)
+            return error, threshold
 
         start = jnp.full_like(largest, jnp.inf), jnp.ones_like(largest)
-        _, threshold = lax.fori_loop(1, self.points + 1, try_point, start)
+        passes = -(-self.points // _TOGETHER)
+        _, threshold = lax.fori_loop(0, passes, try_points, start)
         return rescaled(threshold, largest).reshape(keepdims_shape(x, axes))
