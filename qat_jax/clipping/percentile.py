@@ -75,5 +75,6 @@ def _at_rank(magnitude: jax.Array, rank: int, axes: tuple[int, ...]) -> jax.Arra
             found = jnp.where(below <= rank, candidate, found)
         return found
 
-    found = repeat(width // 2, try_bits, jnp.zeros_like(jnp.sum(bits, axes)))
+    nothing = jnp.zeros_like(jnp.sum(bits, axes), bits.dtype)
+    found = repeat(width // 2, try_bits, nothing)
     return lax.bitcast_convert_type(found, magnitude.dtype)
