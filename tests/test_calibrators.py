@@ -152,12 +152,13 @@ def test_percentile_of_many_equal_numbers(percent, size):
         np.testing.assert_allclose(threshold(Percentile(percent), format, x, (0,)), want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("count", [1, 3, 50])
 @pytest.mark.parametrize("format", [Int(4), Int(4, signed=False, narrow=True), Float(2, 1)])
-def test_sweep_takes_the_best_of_its_points(format):
+def test_sweep_takes_the_best_of_its_points(format, count):
     x = np.random.default_rng(1).standard_t(3, 5000).astype(np.float32)
-    points = np.arange(1, 51) / 50 * np.max(format.magnitude(x))
+    points = np.arange(1, count + 1) / count * np.max(format.magnitude(x))
     errors = squared_error(x, points, format)
-    s = float(threshold(MseSweep(50), format, x, (0,))[0])
+    s = float(threshold(MseSweep(count), format, x, (0,))[0])
     assert np.isclose(points, s).any()
     np.testing.assert_allclose(squared_error(x, s, format), errors.min(), rtol=1e-4)
 

@@ -9,7 +9,7 @@ from jax import lax
 from qat_jax.clipping.groups import keepdims_shape, rescaled, sums, unit_groups
 from qat_jax.formats import Format
 
-# Points tried in one pass. XLA's CPU backend uses vectors for sums of several arrays, not of one.
+# Points tried in one pass: XLA's CPU backend uses vectors for several sums, mostly not for one.
 _TOGETHER = 2
 
 
@@ -19,7 +19,7 @@ class MseSweep:
 
     The squared error is that of quantising to the format itself. This is the sweep that OCTAV is
     compared with (arXiv:2206.06501, section 5) and VS-Quant's "mse" (arXiv:2102.04503). It takes
-    a pass over the data for each point, and misses an optimum far below an outlier: see `Exact`.
+    a pass over the data for two points, and misses an optimum far below an outlier: see `Exact`.
 
     Attributes:
       points: how many; a static count.
