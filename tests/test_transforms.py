@@ -95,13 +95,13 @@ def on_eight_devices():
     # The search must not gather the array: one sum and two counts travel, together, in each of the
     # Newton steps and in the one that finds the mean.
     program = jax.jit(lambda x: octav(x, Int(4))).lower(sharded).compile().as_text()
-    assert traffic(program, unknown_trips=1) == Traffic(collectives=1, bytes=3 * 4)
+    assert traffic(program) == Traffic(collectives=11, bytes=11 * 3 * 4)
 
-    # Nor does that of a large one, first of a sample, then of the whole.
+    # Nor does the sample of a large one; over the whole, one iteration is enough here.
     x = jax.random.normal(jax.random.key(0), (64, 33, 128))
     large = jax.device_put(x, NamedSharding(mesh, P("data")))
     search = jax.jit(lambda x: octav(x, Int(4))).lower(large).compile()
-    assert traffic(search.as_text(), unknown_trips=1) == Traffic(2, bytes=2 * 3 * 4)
+    assert traffic(search.as_text(), unknown_trips=1) == Traffic(12, bytes=12 * 3 * 4)
     np.testing.assert_allclose(search(large), octav(x, Int(4)), rtol=1e-6)
 
     # With a threshold for each shard nothing travels at all.

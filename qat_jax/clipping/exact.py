@@ -146,7 +146,7 @@ def _best_step(
 
 
 def _one_function(count: int, step: Callable[[jax.Array, Any], Any], state: Any) -> Any:
-    """A loop that XLA may compile as a whole, several times as fast as `repeat` on long groups."""
+    """A loop that XLA may compile as a whole, which on long groups is faster than `repeat`."""
     return lax.fori_loop(0, count, step, state)
 
 

@@ -3,7 +3,8 @@
 From JAX 0.12 on, XLA's CPU backend compiles a whole loop, whatever it reads, into one function that
 runs on a single core and takes several times as long to compile. A loop that sorts is left as it
 was: its steps are compiled one by one, and the large ones among them are shared by the cores. So
-the counters here are advanced by a sort of two numbers, on CPUs only.
+the loops here sort two numbers in every step, on CPUs only, beside a plain counter, from which XLA
+still tells how often a loop runs.
 """
 
 from collections.abc import Callable
@@ -34,22 +35,22 @@ def while_loop(
       The last state.
     """
 
-    def counted(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
-        i, state = carry
-        return _next(i), step(i, state)
+    def counted(carry: tuple[jax.Array, jax.Array, State]) -> tuple[jax.Array, jax.Array, State]:
+        i, _, state = carry
+        same = lax.platform_dependent(i, cpu=_sorted_out, default=lambda i: i)
+        return i + 1, same, step(i, state)
 
-    _, state = lax.while_loop(lambda carry: unfinished(*carry), counted, (jnp.int32(0), state))
-    return state
+    zero = jnp.int32(0)
+    _, last, state = lax.while_loop(
+        lambda carry: unfinished(carry[0], carry[2]), counted, (zero, zero, state)
+    )
+    # Never negative, which XLA does not know: it would remove a sort that nothing depends on.
+    return jax.tree.map(lambda leaf: jnp.where(last < 0, jnp.zeros_like(leaf), leaf), state)
 
 
 def repeat(count: int, step: Callable[[jax.Array, State], State], state: State) -> State:
     """``count`` steps: see `while_loop`."""
     return while_loop(lambda i, _: i < count, step, state)
-
-
-def _next(i: jax.Array) -> jax.Array:
-    """One more than i."""
-    return lax.platform_dependent(i + 1, cpu=_sorted_out, default=lambda i: i)
 
 
 def _sorted_out(i: jax.Array) -> jax.Array:
