@@ -111,10 +111,45 @@ def float_model(config: ConfigDict) -> nnx.Module:
     pretrained = settings.pop("pretrained")
     if "dtype" in settings:
         settings["dtype"] = jnp.dtype(settings["dtype"])
-    model = _MODELS[name](**settings, rngs=nnx.Rngs(config.seed))
-    if pretrained is not None:
-        path = find_pretrained(pretrained).weights
-        load_weights(_loaded_part(model, path), path)
+
+    def drawn(key: jax.Array) -> nnx.Module:
+        return _MODELS[name](**settings, rngs=nnx.Rngs(key))
+
+    key = jax.random.key(config.seed)
+    if pretrained is None:
+        return drawn(key)
+    path = find_pretrained(pretrained).weights
+    model = nnx.eval_shape(drawn, key)  # to draw what a file replaces takes long
+    load_weights(_loaded_part(model, path), path)
+    _draw_rest(model, drawn, key)
+    return model
+
+
+def _draw_rest(model: nnx.Module, drawn: Callable[[jax.Array], nnx.Module], key: jax.Array) -> None:
+    """Fill what is still abstract, such as a new head and the streams of dropout."""
+    state = nnx.to_flat_state(nnx.state(model))
+    missing = [path for path, x in state if isinstance(x.get_value(), jax.ShapeDtypeStruct)]
+    if not missing:
+        return
+
+    @jax.jit  # the key is an argument: of a constant XLA would draw everything as it compiles
+    def rest(key: jax.Array) -> list[nnx.Variable]:
+        whole = dict(nnx.to_flat_state(nnx.state(drawn(key))))
+        return [whole[path] for path in missing]
+
+    nnx.update(model, nnx.from_flat_state(zip(missing, rest(key), strict=True)))
+
+
+def undrawn(make: Callable[[], nnx.Module]) -> nnx.Module:
+    """The model of a function, with zeros for what a checkpoint or a file is going to replace."""
+
+    def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jnp.broadcast_to(jax.random.key(0), x.shape)
+        return jnp.zeros(x.shape, x.dtype)
+
+    model = nnx.eval_shape(make)
+    nnx.update(model, jax.tree.map(zeros, nnx.state(model)))
     return model
 
 

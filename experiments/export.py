@@ -80,7 +80,7 @@ def _calibrated(config: ConfigDict, run: Path, example: tuple[jax.Array, ...]) -
     if not (run / runs.PACKED).is_file():
         raise ValueError(f"{run} has no {runs.PACKED}: name a finished run that is not in float")
     config.model.pretrained = None  # its weights are in the run
-    model = build.float_model(config)
+    model = build.undrawn(lambda: build.float_model(config))
     if config.fold_batch_norm:
         model = fold_batch_norm(model, *example)
     return load_packed(model, run / runs.PACKED)

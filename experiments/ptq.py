@@ -207,23 +207,26 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def diagnose(model: nnx.Module, *inputs: jax.Array) -> dict[str, dict[str, float]]:
     """The figures of every layer and operand on one batch of inputs."""
-    model.eval()
-    _, captured = nnx.capture(model, qj.Diagnostic)(*inputs)
+    figures = qj.diagnostics_by_layer(_captured(model, qj.Diagnostic, *inputs))
     return {
-        operand: {name: round(float(value), 4) for name, value in figures._asdict().items()}
-        for operand, figures in qj.diagnostics_by_layer(captured).items()
+        operand: {name: round(float(value), 4) for name, value in found._asdict().items()}
+        for operand, found in figures.items()
     }
 
 
 def operands(model: nnx.Module, *inputs: jax.Array) -> dict[str, jax.Array]:
     """What reaches each quantiser in a forward pass of the evaluation mode."""
+    return captured_by_operand(_captured(model, Operand, *inputs))
+
+
+def _captured(model: nnx.Module, kind: type[nnx.Variable], *inputs: jax.Array) -> nnx.State:
+    """What a forward pass of the evaluation mode sows of a kind."""
     model.eval()
     graphdef, state = nnx.split(model)
 
     @jax.jit
-    def forward(state: nnx.State, *inputs: jax.Array) -> dict[str, jax.Array]:
-        _, captured = nnx.capture(nnx.merge(graphdef, state), Operand)(*inputs)
-        return captured_by_operand(captured)
+    def forward(state: nnx.State, *inputs: jax.Array) -> nnx.State:
+        return nnx.capture(nnx.merge(graphdef, state), kind)(*inputs)[1]
 
     return forward(state, *inputs)
 

@@ -1,6 +1,5 @@
 """Quantised models with packed weights, computing in floats or in integers."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,7 @@ from qat_jax.nnx import (
     operand_codes,
     operand_quantizers,
 )
-from qat_jax.quantizer import Quantizer, dequantize
+from qat_jax.quantizer import QTensor, Quantizer, dequantize
 
 _INTEGER_OPS: dict[Callable[..., Any], Callable[..., jax.Array]] = {
     ops.dot_general: integer_ops.dot_general,
@@ -210,9 +209,14 @@ def pack_model(model: nnx.Module, *inputs: Any) -> nnx.Module:
     weights = {path for path in quantizers if is_weight(path)}
     if not weights:
         raise ValueError("no kernel of the model is quantised: quantise it first")
-    codes = jax.jit(functools.partial(operand_codes, nnx.graphdef(model)))(
-        nnx.state(model), *inputs
-    )
+    graphdef, state = nnx.split(model)
+
+    @jax.jit  # of the forward pass nothing is left but what the kernels' codes take
+    def kernel_codes(state: nnx.State, *inputs: Any) -> dict[str, QTensor]:
+        codes = operand_codes(graphdef, state, *inputs)
+        return {path: codes[path] for path in codes.keys() & weights}
+
+    codes = kernel_codes(state, *inputs)
     for site in layer_sites(model):
         if site.weights in weights:
             if site.weights not in codes:

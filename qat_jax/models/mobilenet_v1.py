@@ -4,10 +4,14 @@ Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile V
 (arXiv:1704.04861), table 1, with TensorFlow's padding and clipped ReLU, as published weights need.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+
+from qat_jax.models.initializers import lecun_normal
 
 # Output channels at width 1 and stride of the thirteen separable blocks.
 _BLOCKS = (
@@ -26,6 +30,8 @@ _BLOCKS = (
     (1024, 1),
 )
 
+_conv = partial(nnx.Conv, use_bias=False, kernel_init=lecun_normal)
+
 
 def _batch_norm(channels: int, dtype: DTypeLike | None, rngs: nnx.Rngs) -> nnx.BatchNorm:
     return nnx.BatchNorm(channels, momentum=0.99, epsilon=1e-3, dtype=dtype, rngs=rngs)
@@ -43,20 +49,17 @@ class SeparableBlock(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike | None = None,
     ):
-        self.depthwise = nnx.Conv(
+        self.depthwise = _conv(
             in_channels,
             in_channels,
             (3, 3),
             strides=strides,
             feature_group_count=in_channels,
-            use_bias=False,
             dtype=dtype,
             rngs=rngs,
         )
         self.depthwise_bn = _batch_norm(in_channels, dtype, rngs)
-        self.pointwise = nnx.Conv(
-            in_channels, channels, (1, 1), use_bias=False, dtype=dtype, rngs=rngs
-        )
+        self.pointwise = _conv(in_channels, channels, (1, 1), dtype=dtype, rngs=rngs)
         self.pointwise_bn = _batch_norm(channels, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -108,9 +111,7 @@ class MobileNetV1(nnx.Module):
                 "choose larger ones"
             )
         channels = int(32 * width)
-        self.conv1 = nnx.Conv(
-            in_channels, channels, (3, 3), strides=2, use_bias=False, dtype=dtype, rngs=rngs
-        )
+        self.conv1 = _conv(in_channels, channels, (3, 3), strides=2, dtype=dtype, rngs=rngs)
         self.bn1 = _batch_norm(channels, dtype, rngs)
         blocks = []
         for full_channels, strides in _BLOCKS:

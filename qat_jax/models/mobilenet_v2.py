@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from qat_jax.models.initializers import he_normal_fan_out
+
 # Expansion, output channels at width 1, number of blocks, stride of the first of them.
 _STAGES = (
     (1, 16, 1, 1),
@@ -27,7 +29,7 @@ _HEAD = 1280
 _conv = partial(
     nnx.Conv,
     use_bias=False,
-    kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
+    kernel_init=he_normal_fan_out,
 )
 
 

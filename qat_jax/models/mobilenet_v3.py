@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from qat_jax.models.initializers import he_normal_fan_out
 from qat_jax.models.mobilenet_v2 import divisible_by_8
 
 
@@ -73,7 +74,7 @@ _HIDDEN = {"small": 1024, "large": 1280}  # units of the layer before the classi
 _HEAD_EXPANSION = 6
 _SQUEEZE = 4
 
-_conv = partial(nnx.Conv, kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"))
+_conv = partial(nnx.Conv, kernel_init=he_normal_fan_out)
 # Flax's momentum is the share of the old average: 0.99 here is PyTorch's 0.01.
 _batch_norm = partial(nnx.BatchNorm, momentum=0.99, epsilon=1e-3)
 

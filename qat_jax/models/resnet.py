@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from qat_jax.models.initializers import he_normal_fan_out
+
 _conv = partial(
     nnx.Conv,
     use_bias=False,
-    kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
+    kernel_init=he_normal_fan_out,
 )
 # Flax's momentum is the share of the old average: 0.9 here is PyTorch's 0.1.
 _batch_norm = partial(nnx.BatchNorm, momentum=0.9, epsilon=1e-5)

@@ -12,6 +12,8 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from qat_jax.models.initializers import he_normal
+
 DEPTHS = (8, 20, 32, 44, 56, 110)
 
 # Padding is explicit: "SAME" pads a 3x3 convolution of stride 2 on one side only, whereas the
@@ -21,7 +23,7 @@ _conv3x3 = partial(
     kernel_size=(3, 3),
     padding=((1, 1), (1, 1)),
     use_bias=False,
-    kernel_init=nnx.initializers.he_normal(),
+    kernel_init=he_normal,
 )
 # Flax's momentum is the share of the old average: 0.9 here is PyTorch's 0.1.
 _batch_norm = partial(nnx.BatchNorm, momentum=0.9, epsilon=1e-5)
@@ -137,7 +139,7 @@ class CifarResNet(nnx.Module):
         self.linear = nnx.Linear(
             4 * width,
             num_classes,
-            kernel_init=nnx.initializers.he_normal(),
+            kernel_init=he_normal,
             dtype=dtype,
             rngs=rngs,
         )

@@ -1,0 +1,72 @@
+"""From a config to a network."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs.cifar10_resnet20 import get_config as resnet_config
+from configs.squad_bert_base import get_config as bert_config
+from experiments import build
+from qat_jax.models import CifarResNet, save_weights
+
+
+def numbers(model):
+    """All of a model's arrays by path, those of its random keys too."""
+    found = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        x = variable.get_value()
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        found[path] = np.asarray(jax.random.key_data(x) if is_key else x)
+    return found
+
+
+def small_bert(seed, pretrained=None):
+    config = bert_config("bits=32")
+    config.model.size.update(layers=1, hidden=16, heads=2, intermediate=16, vocabulary=20)
+    config.model.pretrained = pretrained
+    config.seed = seed
+    return build.float_model(config)
+
+
+def test_what_a_file_has_is_not_drawn(weights, monkeypatch):
+    kernels = []
+
+    def recorded(**settings):
+        model = CifarResNet(**settings)
+        kernels.append(model.conv1.kernel.get_value())
+        return model
+
+    monkeypatch.setitem(build._MODELS, "cifar_resnet", recorded)
+    config = resnet_config("bits=32")
+    config.model.update(depth=8, width=4, in_channels=1, pretrained=str(weights))
+    model = build.float_model(config)
+    assert [isinstance(kernel, jax.core.Tracer) for kernel in kernels] == [True]
+    assert model(jnp.ones((1, 8, 8, 1))).shape == (1, 10)
+
+
+@pytest.mark.parametrize("part", ["encoder", "whole"])
+def test_what_a_file_lacks_is_drawn_from_the_seed(tmp_path, part):
+    other, path = small_bert(7), tmp_path / "weights.safetensors"
+    save_weights(other.bert if part == "encoder" else other, path)
+    drawn, saved = numbers(small_bert(5)), numbers(other)
+    found = numbers(small_bert(5, str(path)))
+    assert found.keys() == drawn.keys()
+    lacking = [p for p in found if {"dropout", "rngs"} & set(p)]
+    lacking += [p for p in found if part == "encoder" and p[0] == "answer"]
+    assert 0 < len(lacking) < len(found)
+    for path, x in found.items():
+        expected = drawn[path] if path in lacking else saved[path]
+        # Compiled as one, a product may be rounded otherwise.
+        np.testing.assert_allclose(x, expected, rtol=1e-6, err_msg=str(path))
+        assert x.dtype == expected.dtype
+
+
+def test_an_undrawn_model_is_one_of_zeros():
+    model = build.undrawn(lambda: small_bert(5))
+    found = numbers(model)
+    assert found.keys() == numbers(small_bert(5)).keys()
+    assert all((x == 0).all() for x in found.values())
+    model.eval()
+    assert model(jnp.ones((1, 4), jnp.int32)).shape == (1, 4, 2)
