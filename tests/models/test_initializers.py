@@ -1,4 +1,4 @@
-"""Kernels drawn as matrices."""
+"""Initial kernels."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from flax import nnx
 from qat_jax.models import CifarResNet
 from qat_jax.models.initializers import he_normal, he_normal_fan_out, lecun_normal
 
-SHAPES = [(3, 3, 5, 7), (1, 1, 8, 3), (3, 3, 1, 6), (2, 5, 5, 3, 4), (6, 4)]
+SHAPES = [(3, 3, 5, 7), (1, 1, 8, 3), (3, 3, 1, 6), (2, 5, 5, 3, 4), (6, 4), (3, 3, 70, 128)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -20,11 +20,11 @@ SHAPES = [(3, 3, 5, 7), (1, 1, 8, 3), (3, 3, 1, 6), (2, 5, 5, 3, 4), (6, 4)]
         (he_normal_fan_out, nnx.initializers.variance_scaling(2.0, "fan_out", "normal")),
     ],
 )
-def test_they_are_flax_s_bit_for_bit(shape, drawn, plain):
+def test_they_are_flax_s_but_for_rounding(shape, drawn, plain):
     key = jax.random.key(3)
     found = drawn(key, shape, np.float32)
     assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, plain(key, shape, np.float32))
+    np.testing.assert_allclose(found, plain(key, shape, np.float32), rtol=3e-7)
 
 
 def test_a_network_s_kernels_have_the_deviation_of_he_et_al():
