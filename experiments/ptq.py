@@ -207,7 +207,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def diagnose(model: nnx.Module, *inputs: jax.Array) -> dict[str, dict[str, float]]:
     """The figures of every layer and operand on one batch of inputs."""
-    figures = qj.diagnostics_by_layer(_captured(model, qj.Diagnostic, *inputs))
+    figures = qj.diagnostics_by_layer(sown(model, qj.Diagnostic, *inputs))
     return {
         operand: {name: round(float(value), 4) for name, value in found._asdict().items()}
         for operand, found in figures.items()
@@ -216,11 +216,11 @@ def diagnose(model: nnx.Module, *inputs: jax.Array) -> dict[str, dict[str, float
 
 def operands(model: nnx.Module, *inputs: jax.Array) -> dict[str, jax.Array]:
     """What reaches each quantiser in a forward pass of the evaluation mode."""
-    return captured_by_operand(_captured(model, Operand, *inputs))
+    return captured_by_operand(sown(model, Operand, *inputs))
 
 
-def _captured(model: nnx.Module, kind: type[nnx.Variable], *inputs: jax.Array) -> nnx.State:
-    """What a forward pass of the evaluation mode sows of a kind."""
+def sown(model: nnx.Module, kind: type[nnx.Variable], *inputs: jax.Array) -> nnx.State:
+    """What quantisers sow of a kind in a forward pass of the evaluation mode."""
     model.eval()
     graphdef, state = nnx.split(model)
 

@@ -250,7 +250,8 @@ def _float_cell(config: ConfigDict) -> str:
     if config.num_seeds < 1:
         raise cli.UsageError(f"num_seeds is {config.num_seeds}: give at least 1")
     with cli.setup_errors():
-        layer = _layer(build.float_model(config.recipe), config.figure_layer)
+        model = nnx.eval_shape(lambda: build.float_model(config.recipe))
+        layer = _layer(model, config.figure_layer)
     if not isinstance(layer, nnx.Conv):
         raise cli.UsageError(f"figure_layer {config.figure_layer!r} is not a convolution")
     for cell, quant in config.cells.items():

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 import qat_jax as qj
+from experiments.ptq import sown
 from qat_jax.granularity import ChannelAxis, Granularity, VectorAxis
 from qat_jax.nnx import OperandQuantizer, captured_by_operand, is_weight
 from qat_jax.sensitivity import with_replaced_quantizers
@@ -158,13 +159,5 @@ def ranges(model: nnx.Module, vector_size: int, *inputs: jax.Array) -> dict[str,
         return RangeProbe(own, qj.PerChannel() if is_weight(path) else qj.PerTensor(), vector_size)
 
     probed = with_replaced_quantizers(model, probe)
-    probed.eval()
-    graphdef, state = nnx.split(probed)
-
-    @jax.jit
-    def forward(state: nnx.State, *inputs: jax.Array) -> dict[str, Ranges]:
-        _, captured = nnx.capture(nnx.merge(graphdef, state), Seen)(*inputs)
-        return captured_by_operand(captured, Ranges)
-
-    found = forward(state, *inputs)
+    found = captured_by_operand(sown(probed, Seen, *inputs), Ranges)
     return {path: found[path] for path in qj.operand_quantizers(model)}

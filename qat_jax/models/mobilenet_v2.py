@@ -26,11 +26,7 @@ _STAGES = (
 _STEM = 32
 _HEAD = 1280
 
-_conv = partial(
-    nnx.Conv,
-    use_bias=False,
-    kernel_init=he_normal_fan_out,
-)
+_conv = partial(nnx.Conv, use_bias=False, kernel_init=he_normal_fan_out)
 
 
 def divisible_by_8(channels: float) -> int:

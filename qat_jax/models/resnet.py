@@ -14,11 +14,7 @@ from jax.typing import DTypeLike
 
 from qat_jax.models.initializers import he_normal_fan_out
 
-_conv = partial(
-    nnx.Conv,
-    use_bias=False,
-    kernel_init=he_normal_fan_out,
-)
+_conv = partial(nnx.Conv, use_bias=False, kernel_init=he_normal_fan_out)
 # Flax's momentum is the share of the old average: 0.9 here is PyTorch's 0.1.
 _batch_norm = partial(nnx.BatchNorm, momentum=0.9, epsilon=1e-5)
 
