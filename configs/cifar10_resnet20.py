@@ -42,7 +42,8 @@ def get_config(arg: str = "") -> ConfigDict:
                 "augment": "crop_flip",
                 "mean": (0.485, 0.456, 0.406),
                 "std": (0.229, 0.224, 0.225),
-                "num_threads": 2,
+                "in_memory": True,  # keep what has been read
+                "num_threads": 1,
                 "num_workers": 0,
             },
             "model": {

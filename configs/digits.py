@@ -39,6 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "augment": "none",
                 "mean": (0.5,),
                 "std": (0.5,),
+                "in_memory": True,  # keep what has been read
                 "num_threads": 1,
                 "num_workers": 0,
             },

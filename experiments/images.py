@@ -127,4 +127,4 @@ class ImageClassification:
         for name in ("mean", "std"):
             if len(dataset[name]) not in (1, channels):
                 raise ValueError(f"dataset.{name} needs one number for each of {channels} channels")
-        return examples
+        return data.InMemory(examples) if dataset.get("in_memory", False) else examples

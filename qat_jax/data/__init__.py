@@ -8,7 +8,7 @@ from qat_jax.data.augment import random_crop_flip
 from qat_jax.data.crops import CentreCrop, RandomResizedCrop
 from qat_jax.data.fake import FakeImages
 from qat_jax.data.image_folder import ImageFolder
-from qat_jax.data.pipeline import PreparedSource, eval_batches, train_batches
+from qat_jax.data.pipeline import InMemory, PreparedSource, eval_batches, train_batches
 from qat_jax.data.prepare import DataError
 from qat_jax.data.sources import load_source
 from qat_jax.data.squad import Answer, Question, load_questions, read_questions
@@ -29,6 +29,7 @@ __all__ = [
     "DataError",
     "FakeImages",
     "ImageFolder",
+    "InMemory",
     "PreparedSource",
     "Question",
     "RandomResizedCrop",

@@ -59,6 +59,30 @@ class PreparedSource:
         return [example | {"image": self.prepare(example["image"])} for example in examples]
 
 
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+    """A source whose examples are read once: reading small images costs more than a step on a GPU.
+
+    Attributes:
+      source: what is read; all of it has to fit into memory, decoded.
+    """
+
+    source: RandomAccessSource | Sequence[Example]
+    _read: dict[int, Example] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int, /) -> Example:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int], /) -> list[Example]:
+        new = [index for index in dict.fromkeys(indices) if index not in self._read]
+        if new:
+            self._read.update(zip(new, _read_examples(self.source, new), strict=True))
+        return [self._read[index] for index in indices]
+
+
 def train_batches(
     source: RandomAccessSource | Sequence[Example],
     *,

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from qat_jax.data import eval_batches, load_source, random_crop_flip, train_batches
+from qat_jax.data import InMemory, eval_batches, load_source, random_crop_flip, train_batches
 
 
 def take(batches, count):
@@ -185,3 +185,25 @@ def test_impossible_batches_are_refused(numbered, kwargs, message):
 def test_an_empty_source_is_refused():
     with pytest.raises(ValueError, match="no examples"):
         train_batches([], batch_size=1, seed=0)
+
+
+def test_in_memory_reads_each_example_once(numbered):
+    asked = []
+
+    class Counted:
+        def __len__(self):
+            return len(numbered)
+
+        def __getitem__(self, index):
+            asked.append(index)
+            return numbered[index]
+
+    kept = InMemory(Counted())
+    wanted = take(train_batches(numbered, batch_size=8, seed=1, augment=random_crop_flip), 20)
+    assert_same(
+        take(train_batches(kept, batch_size=8, seed=1, augment=random_crop_flip), 20), wanted
+    )
+    assert sorted(asked) == list(range(37))
+    assert_same(list(eval_batches(kept, batch_size=8)), list(eval_batches(numbered, batch_size=8)))
+    assert len(asked) == 37
+    np.testing.assert_array_equal(kept[3]["image"], numbered[3]["image"])
