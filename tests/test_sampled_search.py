@@ -4,13 +4,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax import lax
 
 import qat_jax as qj
 from qat_jax.clipping.octav import _LARGE
 
 BITS = (2, 4, 8)
+
+
+@pytest.fixture(params=["cpu", "accelerator"], autouse=True)
+def platform(request, monkeypatch):
+    """Every test here holds for the search that accelerators run, too."""
+    if request.param == "accelerator":
+        monkeypatch.setattr(lax, "platform_dependent", lambda *args, default, **_: default(*args))
+        jax.clear_caches()
+    yield request.param
+    if request.param == "accelerator":
+        jax.clear_caches()
 
 
 def heavy(*shape: int) -> np.ndarray:
@@ -64,7 +76,9 @@ def test_a_count_of_iterations_is_kept():
     np.testing.assert_allclose(qj.octav(x, qj.Int(4), iterations=3).ravel(), [s], rtol=1e-6)
 
 
-def test_small_groups_take_ten_iterations():
+def test_small_groups_take_ten_iterations(platform):
+    if platform != "cpu":
+        pytest.skip("accelerators bracket them: tests/test_bracket.py")
     x = jnp.asarray(heavy(_LARGE - 1024))
     np.testing.assert_array_equal(qj.octav(x, qj.Int(8)), qj.octav(x, qj.Int(8), iterations=10))
     longer = jnp.asarray(heavy(2 * _LARGE))
@@ -98,7 +112,11 @@ def test_zeros():
     np.testing.assert_allclose(qj.octav(one, qj.Int(4)), [3], rtol=1e-6)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=0, max_size=2),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),

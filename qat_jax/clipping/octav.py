@@ -1,6 +1,7 @@
 """OCTAV: the threshold of least mean squared error, by Newton-Raphson."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qat_jax.clipping.bracket import bracketed
 from qat_jax.clipping.groups import arranged, count, keepdims_shape, sums
 from qat_jax.clipping.loops import repeat, while_loop
 from qat_jax.clipping.protocol import accumulation_dtype, uniform
@@ -23,6 +25,8 @@ _ITERATIONS = 10
 _LARGE = 1 << 17
 _RUN = 64
 _STRIDE = 17
+# Groups of fewer elements are cheaper to search again and again than with many thresholds at once.
+_FEW = 64
 # Iterations that a start may take to settle.
 _SETTLING = 13
 # A refined threshold that moves by no more than this share is settled …
@@ -72,10 +76,13 @@ class Octav:
     def threshold(self, x: jax.Array, format: Format, axes: tuple[int, ...]) -> jax.Array:
         """The fixed point for each group of x; a ValueError if the codes are not evenly spaced."""
         problem = self._problem(x, format, axes)
-        if self.iterations is None and problem.is_large():
-            s = problem.settle(problem.sample().iterate(_ITERATIONS))
+        if self.iterations is None:
+            s = lax.platform_dependent(
+                cpu=problem.search,
+                default=lambda: problem.search_at_once(lax.stop_gradient(x), axes),
+            )
         else:
-            s = problem.iterate(_ITERATIONS if self.iterations is None else self.iterations)
+            s = problem.iterate(self.iterations)
         return s.reshape(keepdims_shape(x, axes))
 
     def refined(
@@ -96,7 +103,10 @@ class Octav:
         """
         problem = self._problem(x, format, axes)
         start = lax.stop_gradient(start).astype(problem.zeros.dtype)
-        s = problem.settle(start.reshape(problem.zeros.shape))
+        start = start.reshape(problem.zeros.shape)
+        s = lax.platform_dependent(
+            start, cpu=problem.settle, default=functools.partial(problem.settle, ahead=1)
+        )
         return s.reshape(keepdims_shape(x, axes))
 
     def _problem(self, x: jax.Array, format: Format, axes: tuple[int, ...]) -> "_Problem":
@@ -159,6 +169,30 @@ class _Problem(NamedTuple):
     c: jax.Array
     zeros: jax.Array
 
+    def search(self) -> jax.Array:
+        """Thresholds found by the fewest passes over the elements."""
+        if self.is_large():
+            return self.settle(self.sample().iterate(_ITERATIONS))
+        return self.iterate(_ITERATIONS)
+
+    def search_at_once(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        """Thresholds found by the fewest kernels, and decisions between them.
+
+        Args:
+          x: the elements as they came.
+          axes: of its groups.
+        """
+        if self.is_large():
+            sample = self.sample()
+            return self.settle(sample._bracketed(sample.groups, sample.axes), ahead=1)
+        if math.prod(x.shape[axis] for axis in axes) < _FEW:
+            return self.iterate(_ITERATIONS)
+        return self._bracketed(x, axes)
+
+    def _bracketed(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        found = bracketed(self.format.magnitude(x), axes, self.c)
+        return found.reshape(self.zeros.shape).astype(self.zeros.dtype)
+
     def is_large(self) -> bool:
         """Whether a sample of each group is worth searching first."""
         elements = math.prod(self.groups.shape[axis] for axis in self.axes)
@@ -188,8 +222,13 @@ class _Problem(NamedTuple):
         # the CPU it keeps XLA from recomputing x in every pass.
         return repeat(iterations + 1, lambda _, s: self.newton(s)[0], self.zeros)
 
-    def settle(self, start: jax.Array) -> jax.Array:
-        """Thresholds that have settled, from some nearby; those not finite begin anew."""
+    def settle(self, start: jax.Array, ahead: int = 0) -> jax.Array:
+        """Thresholds that have settled, from some nearby; those not finite begin anew.
+
+        Args:
+          start: where to begin.
+          ahead: steps before the loop, whose every decision makes an accelerator wait for its host.
+        """
         start = jnp.where(jnp.isfinite(start), start, 0) + self.zeros
 
         def unsettled(i: jax.Array, carry: tuple[Any, ...]) -> jax.Array:
@@ -204,8 +243,14 @@ class _Problem(NamedTuple):
             lower = jnp.where((i == 0) & (inside > 0), s / 2, 0)
             return jnp.where(led, found, lower), s, led
 
-        none = self.zeros != 0
-        s, _, _ = while_loop(unsettled, newton, (start, start, none))
+        carry: tuple[Any, ...] = (start, start, self.zeros != 0)
+        for i in range(ahead):
+            carry = newton(jnp.int32(i), carry)
+        s, _, _ = while_loop(
+            lambda i, carry: unsettled(i + ahead, carry),
+            lambda i, carry: newton(i + ahead, carry),
+            carry,
+        )
         return s
 
     def newton(self, s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,0 +1,107 @@
+"""OCTAV's fixed points found between many candidates at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+import qat_jax as qj
+from qat_jax.clipping.bracket import bracketed
+from tests import octav_reference
+
+RNG = np.random.default_rng(0)
+GROUP = 1500
+ROWS = {
+    "normal": RNG.normal(size=GROUP),
+    "laplace": RNG.laplace(size=GROUP),
+    "uniform": RNG.uniform(size=GROUP),
+    "heavy-tailed": RNG.standard_t(3, GROUP),
+    "half zeros": np.maximum(RNG.normal(size=GROUP), 0),
+    "one outlier": np.where(np.arange(GROUP) == 7, 1e3, RNG.normal(size=GROUP)),
+    "one number": np.where(np.arange(GROUP) == 7, 3.0, 0),
+    "all the same": np.full(GROUP, 2.0),
+    "two sizes": np.where(np.arange(GROUP) % 2, 1.0, 1e-3) * RNG.normal(size=GROUP),
+}
+CONSTANTS = {bits: 1 / (12 * (2 ** (bits - 1) - 1) ** 2) for bits in (2, 3, 4, 6, 8)}
+
+
+def modelled_error(x, s, c):
+    a = np.abs(np.asarray(x, np.float64))
+    return c * s**2 * np.sum((a > 0) & (a <= s)) + np.sum((a[a > s] - s) ** 2)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("bits", CONSTANTS)
+def test_fixed_point(kind, bits):
+    """Of one group, against the recursion carried on for long in float64."""
+    x, c = np.abs(ROWS[kind]), CONSTANTS[bits]
+    s = float(bracketed(jnp.asarray(x, jnp.float32), (0,), jnp.float32(c))[0])
+    wanted = octav_reference.newton(x, c, iterations=500)
+    np.testing.assert_allclose(s, wanted, rtol=0.01)
+    # A hundredth too low shows most where a grid is fine: in 8 bits of even spacing.
+    assert modelled_error(x, s, c) <= 1.02 * modelled_error(x, wanted, c) + 1e-9
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 2), (1, 2), (0, 1, 2)])
+def test_groups(axes):
+    """Each is found as if alone, whichever axes it lies along."""
+    x = RNG.laplace(size=(40, 30, 20)) * np.geomspace(1e-3, 1e3, 30)[:, None]
+    c = CONSTANTS[4]
+    found = bracketed(jnp.abs(jnp.asarray(x, jnp.float32)), axes, jnp.float32(c))
+    wanted = octav_reference.per_group(x, axes, c, iterations=500)
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, rtol=0.015)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_shows(value):
+    x = jnp.ones((100, 3)).at[5, 1].set(value)
+    found = bracketed(x, (0,), jnp.float32(CONSTANTS[4]))[0]
+    np.testing.assert_array_equal(np.isfinite(found), [True, False, True])
+
+
+def test_zeros():
+    x = jnp.zeros((100, 2)).at[3, 1].set(2)
+    np.testing.assert_allclose(bracketed(x, (0,), jnp.float32(CONSTANTS[4])), [[0, 2]], rtol=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    length=st.integers(1, 300),
+    exponent=st.integers(-30, 30),
+    bits=st.sampled_from(sorted(CONSTANTS)),
+    seed=st.integers(0, 99),
+)
+def test_any_length_and_size(length, exponent, bits, seed):
+    """A threshold lies within the data, and powers of two pass through."""
+    x = jnp.asarray(np.abs(np.random.default_rng(seed).standard_t(3, length)), jnp.float32)
+    c = jnp.float32(CONSTANTS[bits])
+    s = bracketed(x, (0,), c)
+    assert 0 < s[0] <= jnp.max(x) * (1 + 1e-6)
+    np.testing.assert_allclose(bracketed(x * 2.0**exponent, (0,), c), s * 2.0**exponent, 1e-6)
+
+
+def test_accelerators_search_channels_so(monkeypatch):
+    """`Octav` as they trace it: like its ten iterations, but for what lies under 64 elements."""
+    monkeypatch.setattr(lax, "platform_dependent", lambda *args, default, **_: default(*args))
+    x = jnp.asarray(RNG.laplace(size=(3, 3, 64, 16)), jnp.float32)
+    axes = (0, 1, 2)
+    found = qj.octav(x, qj.Int(4, narrow=True), axes)
+    wanted = qj.octav(x, qj.Int(4, narrow=True), axes, iterations=40)
+    np.testing.assert_allclose(found, wanted, rtol=2e-3)
+    unsigned = qj.octav(x, qj.Int(4, signed=False), axes)
+    wanted = qj.octav(x, qj.Int(4, signed=False), axes, iterations=40)
+    np.testing.assert_allclose(unsigned, wanted, rtol=5e-3)
+    few = x.reshape(-1, 16)
+    np.testing.assert_array_equal(
+        qj.octav(few, qj.Int(4), 1), qj.octav(few, qj.Int(4), 1, iterations=10)
+    )
+    start = jnp.full((1, 1, 1, 16), 3.0)
+    np.testing.assert_allclose(
+        qj.Octav().refined(x, qj.Int(4, narrow=True), axes, start), found, rtol=2e-3
+    )
+    text = str(jax.make_jaxpr(lambda x: qj.octav(x, qj.Int(4), axes))(x))
+    assert "while" not in text  # a decision in a loop makes an accelerator wait for its host
