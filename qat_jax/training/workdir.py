@@ -243,11 +243,19 @@ def git_commit() -> str | None:
     return f"{commit}-dirty" if changed else commit
 
 
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide a result."""
-    return {"python": platform.python_version()} | {
-        package: importlib.metadata.version(package) for package in PACKAGES
-    }
+def versions() -> dict[str, str | None]:
+    """The versions of Python and of the packages that decide a result.
+
+    None for this one where it runs from a source tree that is not installed.
+    """
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 def device() -> dict[str, Any]:
