@@ -58,8 +58,9 @@ class Octav:
       iterations: Newton steps from the mean of all elements, a static count. None, the default, is
         ten, the paper's; of groups of 131,072 elements or more, ten on a sample and then as many on
         the whole as it takes (the error is measured in `results/searches_resnet20.json`). On
-        Gaussian and Laplace data ten come within 1e-4 of the fixed point at up to 7 bits, and at 8
-        within 1e-2, where 11 come within 1e-3.
+        accelerators `bracketed` stands for the ten, in groups of 64 elements or more. On Gaussian
+        and Laplace data ten come within 1e-4 of the fixed point at up to 7 bits, and at 8 within
+        1e-2, where 11 come within 1e-3.
       noise: the constant c. ``"grid"`` is 1/(12 L²), right for every grid; ``"paper"`` the
         paper's 4**-B/3 (signed) or 4**-B/12 (unsigned), which differ from it on narrow grids.
     """
