@@ -6,10 +6,10 @@ Usage:
 
 Trains a CIFAR ResNet-20 from its float weights with scaling=carried (recipe, data and quantisers of
 configs/cifar10_resnet20.py; data set cifar10_local, see qat_jax.data.cifar10_local). In every fifth
-step it finds three thresholds of each operand: the carried one, the one of a search from a sample,
-where the operand is large enough for that, and the one that forty Newton steps from nothing
-converge to. It compares the squared errors of quantising with them, and counts the carried searches
-that were over after one iteration.
+step it finds four thresholds of each operand: the carried one, the one of a search from a sample,
+where the operand is large enough for that, the one that accelerators search, with many candidates
+at once, and the one that forty Newton steps from nothing converge to. It compares the squared
+errors of quantising with them, and counts the carried searches that were over after one iteration.
 
 Prints a summary and, with --out, writes the trace as JSON, with command, commit, versions and
 device, and as PNG.
@@ -40,7 +40,8 @@ from qat_jax.training.optimizer import make_optimizer, make_schedule
 from qat_jax.training.state import GraphDefs, TrainState, create_state
 from qat_jax.training.step import make_train_step
 
-SEARCHES = {"carried": "tab:blue", "sampled": "tab:orange"}  # and their colours
+# And their colours.
+SEARCHES = {"carried": "tab:blue", "sampled": "tab:orange", "at once": "tab:green"}
 _CONVERGED = 40  # iterations
 
 Trace = dict[str, dict[str, jax.Array]]
@@ -49,8 +50,8 @@ Trace = dict[str, dict[str, jax.Array]]
 def make_tracer(graphdefs: GraphDefs, inputs: Callable) -> Callable[[TrainState, Any], Trace]:
     """Of a state and a batch: what each operand's searches find.
 
-    `carried` and `sampled` are the squared errors of quantising over the one with the converged
-    threshold; `one_pass` says whether the carried threshold had settled after one iteration.
+    Of every search the squared error of quantising over the one with the converged threshold;
+    `one_pass` says whether the carried threshold had settled after one iteration.
     """
 
     @jax.jit
@@ -65,17 +66,18 @@ def make_tracer(graphdefs: GraphDefs, inputs: Callable) -> Callable[[TrainState,
             quantizer = quantizers[path].quantizer
             channel_axis = -1 if is_weight(path) else None
             axes = quantizer.granularity.groups(x.ndim, channel_axis, None).axes
-            carried, sampled, converged = (
-                jnp.sum((x - qj.fake_quant(x, quantizer, threshold=s)) ** 2)
-                for s in (
-                    after[path],
-                    qj.Octav().threshold(x, quantizer.format, axes),
-                    qj.Octav(_CONVERGED).threshold(x, quantizer.format, axes),
-                )
-            )
+            thresholds = {
+                "carried": after[path],
+                "sampled": qj.Octav().threshold(x, quantizer.format, axes),
+                "at once": qj.Octav().at_once(x, quantizer.format, axes),
+                "converged": qj.Octav(_CONVERGED).threshold(x, quantizer.format, axes),
+            }
+            errors = {
+                name: jnp.sum((x - qj.fake_quant(x, quantizer, threshold=s)) ** 2)
+                for name, s in thresholds.items()
+            }
             found[path] = {
-                "carried": carried / converged,
-                "sampled": sampled / converged,
+                **{name: errors[name] / errors["converged"] for name in SEARCHES},
                 "one_pass": settled(after[path], before[path], noise_constant(x, quantizer.format)),
             }
         return found

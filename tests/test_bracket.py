@@ -85,7 +85,7 @@ def test_any_length_and_size(length, exponent, bits, seed):
 
 
 def test_accelerators_search_channels_so(monkeypatch):
-    """`Octav` as they trace it: like its ten iterations, but for what lies under 64 elements."""
+    """They find what its iterations lead to; of fewer than 64 elements, by those."""
     monkeypatch.setattr(lax, "platform_dependent", lambda *args, default, **_: default(*args))
     x = jnp.asarray(RNG.laplace(size=(3, 3, 64, 16)), jnp.float32)
     axes = (0, 1, 2)

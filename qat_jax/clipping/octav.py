@@ -77,13 +77,28 @@ class Octav:
     def threshold(self, x: jax.Array, format: Format, axes: tuple[int, ...]) -> jax.Array:
         """The fixed point for each group of x; a ValueError if the codes are not evenly spaced."""
         problem = self._problem(x, format, axes)
-        if self.iterations is None:
-            s = lax.platform_dependent(
-                cpu=problem.search,
-                default=lambda: problem.search_at_once(lax.stop_gradient(x), axes),
-            )
-        else:
+        if self.iterations is not None:
             s = problem.iterate(self.iterations)
+            return s.reshape(keepdims_shape(x, axes))
+        return lax.platform_dependent(
+            cpu=lambda: problem.search().reshape(keepdims_shape(x, axes)),
+            default=lambda: self.at_once(x, format, axes),
+        )
+
+    def at_once(self, x: jax.Array, format: Format, axes: tuple[int, ...]) -> jax.Array:
+        """What `threshold` does on accelerators by default: few kernels and few decisions.
+
+        See `bracketed`; of large groups, in a sample, from where the whole settles.
+        """
+        problem = self._problem(x, format, axes)
+        if problem.is_large():
+            sample = problem.sample()
+            start = bracketed(format.magnitude(sample.groups), sample.axes, problem.c)
+            s = problem.settle(start.reshape(problem.zeros.shape), ahead=1)
+        elif math.prod(x.shape[axis] for axis in axes) < _FEW:
+            s = problem.iterate(_ITERATIONS)
+        else:
+            s = bracketed(format.magnitude(lax.stop_gradient(x)), axes, problem.c)
         return s.reshape(keepdims_shape(x, axes))
 
     def refined(
@@ -175,24 +190,6 @@ class _Problem(NamedTuple):
         if self.is_large():
             return self.settle(self.sample().iterate(_ITERATIONS))
         return self.iterate(_ITERATIONS)
-
-    def search_at_once(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        """Thresholds found by the fewest kernels, and decisions between them.
-
-        Args:
-          x: the elements as they came.
-          axes: of its groups.
-        """
-        if self.is_large():
-            sample = self.sample()
-            return self.settle(sample._bracketed(sample.groups, sample.axes), ahead=1)
-        if math.prod(x.shape[axis] for axis in axes) < _FEW:
-            return self.iterate(_ITERATIONS)
-        return self._bracketed(x, axes)
-
-    def _bracketed(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        found = bracketed(self.format.magnitude(x), axes, self.c)
-        return found.reshape(self.zeros.shape).astype(self.zeros.dtype)
 
     def is_large(self) -> bool:
         """Whether a sample of each group is worth searching first."""

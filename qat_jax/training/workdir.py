@@ -24,7 +24,17 @@ from tensorboardX import SummaryWriter
 PACKAGES = ("qat_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 # Settings that a run may change when it goes on, since its result does not depend on them.
-MAY_CHANGE = ("fsdp", "hosts", "profile")
+MAY_CHANGE = frozenset(
+    {
+        "fsdp",
+        "hosts",
+        "profile",
+        "dataset.cache_dir",
+        "dataset.in_memory",
+        "dataset.num_threads",
+        "dataset.num_workers",
+    }
+)
 
 _NON_FINITE = ("nan", "inf", "-inf")  # as text in files: JSON has no such numbers
 
@@ -78,11 +88,7 @@ class Workdir:
                     f"{self.path} holds files but no run: choose a new or empty --workdir"
                 )
             return Status.NEW
-        there, here = (
-            {key: value for key, value in settings.items() if key not in MAY_CHANGE}
-            for settings in (_read_json(self.config_path), _as_json(config))
-        )
-        difference = _first_difference(there, here)
+        difference = _first_difference(_read_json(self.config_path), _as_json(config))
         if difference:
             raise WorkdirError(
                 f"{self.path} holds a run of other settings ({difference}): "
@@ -312,6 +318,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _first_difference(there: Any, here: Any, name: str = "") -> str | None:
+    """What differs that a run must not change."""
+    if name in MAY_CHANGE:
+        return None
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted(there.keys() | here.keys()):
             path = f"{name}.{key}" if name else key

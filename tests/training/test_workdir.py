@@ -62,6 +62,15 @@ def test_a_result_is_json_whatever_was_measured(tmp_path):
     assert read["layers"] == [{"sqnr_db": -math.inf, "shape": [2, 3]}]
 
 
+def test_what_cannot_change_a_result_may_change(tmp_path):
+    folder = Workdir(tmp_path)
+    folder.begin(CONFIG | {"dataset": {"name": "digits", "num_threads": 1}})
+    more = {"fsdp": 8, "dataset": {"name": "digits", "num_threads": 4, "in_memory": True}}
+    assert folder.status(CONFIG | more) is Status.UNFINISHED
+    with pytest.raises(WorkdirError, match=r"dataset.name is 'digits' there and 'fake' here"):
+        folder.status(CONFIG | {"dataset": {"name": "fake", "num_threads": 1}})
+
+
 def test_other_settings_are_refused_by_name(tmp_path):
     folder = Workdir(tmp_path)
     folder.begin(CONFIG)
