@@ -11,6 +11,7 @@ import difflib
 import functools
 import logging
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 FAILED = 1
 WRONG_USAGE = 2
 SIGNAL_BASE = 128  # a shell's status of a command ended by signal n is 128 + n
-SIGINT = 2
+SIGINT = int(signal.SIGINT)
 _PROJECT_LOGGERS = ("qat_jax", "experiments")
 
 Run = Callable[[ConfigDict, Path], dict[str, Any]]
@@ -96,6 +97,9 @@ def guarded(work: Callable[[], int]) -> int:
         That of `work`; 1 failed, 2 wrong usage, 128 + n ended by signal n.
     """
     _log_to_stderr()
+    # Jobs that a script starts in the background ignore SIGINT; asked to stop, a run should save.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return work()
     except (UsageError, WorkdirError, CheckpointError) as error:

@@ -10,6 +10,7 @@ from jax import lax
 
 import qat_jax as qj
 from qat_jax.clipping.bracket import bracketed
+from qat_jax.clipping.octav import _LARGE
 from tests import octav_reference
 
 RNG = np.random.default_rng(0)
@@ -82,6 +83,21 @@ def test_any_length_and_size(length, exponent, bits, seed):
     s = bracketed(x, (0,), c)
     assert 0 < s[0] <= jnp.max(x) * (1 + 1e-6)
     np.testing.assert_allclose(bracketed(x * 2.0**exponent, (0,), c), s * 2.0**exponent, 1e-6)
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=0, max_size=2),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
+)
+def test_large_groups_of_any_shape(lengths, dtype):
+    """A search in a sample ends where one on CPUs does."""
+    shape = (*lengths, -(-_LARGE // int(np.prod(lengths, dtype=int))))
+    x = jnp.asarray(np.random.default_rng(0).standard_t(3, shape), dtype)
+    axes = tuple(range(x.ndim))
+    s = qj.Octav().at_once(x, qj.Int(4), axes)
+    assert (s.shape, s.dtype) == ((1,) * x.ndim, jnp.float32)
+    np.testing.assert_allclose(s, qj.octav(x, qj.Int(4)), rtol=5e-3)
 
 
 def test_accelerators_search_channels_so(monkeypatch):

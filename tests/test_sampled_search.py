@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
@@ -14,15 +14,12 @@ from qat_jax.clipping.octav import _LARGE
 BITS = (2, 4, 8)
 
 
-@pytest.fixture(params=["cpu", "accelerator"], autouse=True)
+@pytest.fixture(params=["cpu", "accelerator"])
 def platform(request, monkeypatch):
-    """Every test here holds for the search that accelerators run, too."""
+    """What holds for the search that accelerators run, too."""
     if request.param == "accelerator":
         monkeypatch.setattr(lax, "platform_dependent", lambda *args, default, **_: default(*args))
-        jax.clear_caches()
-    yield request.param
-    if request.param == "accelerator":
-        jax.clear_caches()
+    return request.param
 
 
 def heavy(*shape: int) -> np.ndarray:
@@ -58,6 +55,7 @@ def modelled_error(x: np.ndarray, s: jax.Array, bits: int) -> float:
     return c * s**2 * np.sum((a > 0) & (a <= s)) + np.sum((a[a > s] - s) ** 2)
 
 
+@pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("kind", ARRAYS)
 @pytest.mark.parametrize("bits", BITS)
 def test_thresholds_are_as_good_as_converged_ones(kind, bits):
@@ -76,15 +74,14 @@ def test_a_count_of_iterations_is_kept():
     np.testing.assert_allclose(qj.octav(x, qj.Int(4), iterations=3).ravel(), [s], rtol=1e-6)
 
 
-def test_small_groups_take_ten_iterations(platform):
-    if platform != "cpu":
-        pytest.skip("accelerators bracket them: tests/test_bracket.py")
+def test_small_groups_take_ten_iterations():
     x = jnp.asarray(heavy(_LARGE - 1024))
     np.testing.assert_array_equal(qj.octav(x, qj.Int(8)), qj.octav(x, qj.Int(8), iterations=10))
     longer = jnp.asarray(heavy(2 * _LARGE))
     assert qj.octav(longer, qj.Int(8)) != qj.octav(longer, qj.Int(8), iterations=10)
 
 
+@pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize(
     ("shape", "axes"),
     [((3, 2, 200_000), (1, 2)), ((2, 400, 1000), (1, 2)), ((400, 1000, 3), (0, 1))],
@@ -98,6 +95,7 @@ def test_each_group_has_a_sample(shape, axes):
         np.testing.assert_allclose(s, qj.octav(group, qj.Int(4), iterations=40).ravel()[0], 5e-3)
 
 
+@pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 64])  # in the sample, and beside it
 def test_what_is_not_finite_shows(value, place):
@@ -106,17 +104,14 @@ def test_what_is_not_finite_shows(value, place):
     assert not np.isfinite(qj.octav(jnp.asarray(x), qj.Int(4))[0])
 
 
+@pytest.mark.usefixtures("platform")
 def test_zeros():
     assert qj.octav(jnp.zeros(2 * _LARGE), qj.Int(4))[0] == 0
     one = jnp.zeros(2 * _LARGE).at[64].set(-3)
     np.testing.assert_allclose(qj.octav(one, qj.Int(4)), [3], rtol=1e-6)
 
 
-@settings(
-    deadline=None,
-    max_examples=25,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(deadline=None, max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=0, max_size=2),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
