@@ -37,6 +37,20 @@ _BESIDE_THE_PROJECT = Path(__file__).resolve().parents[2] / "shared" / "data"
 _FOLDER = Path(os.environ.get("QAT_JAX_DATA", _BESIDE_THE_PROJECT))
 
 
+@pytest.fixture
+def searches_of_accelerators(monkeypatch):
+    """`Octav` as it is traced for accelerators."""
+    # Imported here: JAX reads the variables above when it is.
+    from jax import lax
+
+    from qat_jax.clipping.octav import _threshold as compiled
+
+    monkeypatch.setattr(lax, "platform_dependent", lambda *args, default, **_: default(*args))
+    compiled.clear_cache()
+    yield
+    compiled.clear_cache()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of development data, with `cifar10/` and others in it."""

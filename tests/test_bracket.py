@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax import lax
 
 import qat_jax as qj
-from qat_jax.clipping.bracket import bracketed
+from qat_jax.clipping import bracket
 from qat_jax.clipping.octav import _LARGE
 from tests import octav_reference
+
+bracketed = jax.jit(bracket.bracketed, static_argnums=1)
 
 RNG = np.random.default_rng(0)
 GROUP = 1500
@@ -95,14 +96,14 @@ def test_large_groups_of_any_shape(lengths, dtype):
     shape = (*lengths, -(-_LARGE // int(np.prod(lengths, dtype=int))))
     x = jnp.asarray(np.random.default_rng(0).standard_t(3, shape), dtype)
     axes = tuple(range(x.ndim))
-    s = qj.Octav().at_once(x, qj.Int(4), axes)
+    s = jax.jit(lambda x: qj.Octav().at_once(x, qj.Int(4), axes))(x)
     assert (s.shape, s.dtype) == ((1,) * x.ndim, jnp.float32)
     np.testing.assert_allclose(s, qj.octav(x, qj.Int(4)), rtol=5e-3)
 
 
-def test_accelerators_search_channels_so(monkeypatch):
+@pytest.mark.usefixtures("searches_of_accelerators")
+def test_accelerators_search_channels_so():
     """They find what its iterations lead to; of fewer than 64 elements, by those."""
-    monkeypatch.setattr(lax, "platform_dependent", lambda *args, default, **_: default(*args))
     x = jnp.asarray(RNG.laplace(size=(3, 3, 64, 16)), jnp.float32)
     axes = (0, 1, 2)
     found = qj.octav(x, qj.Int(4, narrow=True), axes)

@@ -37,6 +37,16 @@ def test_fixed_points_of_known_laws(law):
             np.testing.assert_allclose(s, [expected], rtol=1e-3)
 
 
+def test_called_on_arrays_it_compiles_once(caplog):
+    one, other, longer = jnp.arange(12.0), jnp.ones(12), jnp.ones(13)
+    octav(one, Int(4))
+    with jax.log_compiles(True):
+        octav(other, Int(4))
+        assert "ompil" not in caplog.text
+        octav(longer, Int(4))
+    assert "Finished XLA compilation of jit(_threshold)" in caplog.text
+
+
 def test_tabulated_fixed_points(law, shared_data):
     file = Path(shared_data).parent / "reference" / "octav_results.json"
     if not file.is_file():

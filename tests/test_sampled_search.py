@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax import lax
 
 import qat_jax as qj
 from qat_jax.clipping.octav import _LARGE
@@ -15,11 +14,10 @@ BITS = (2, 4, 8)
 
 
 @pytest.fixture(params=["cpu", "accelerator"])
-def platform(request, monkeypatch):
+def platform(request):
     """What holds for the search that accelerators run, too."""
     if request.param == "accelerator":
-        monkeypatch.setattr(lax, "platform_dependent", lambda *args, default, **_: default(*args))
-    return request.param
+        request.getfixturevalue("searches_of_accelerators")
 
 
 def heavy(*shape: int) -> np.ndarray:

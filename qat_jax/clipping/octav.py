@@ -165,7 +165,13 @@ def octav(
     """
     x = jnp.asarray(x)
     axes = tuple(range(x.ndim)) if axis is None else normalize_axes(axis, x.ndim)
-    return Octav(iterations, noise).threshold(x, format, axes)
+    return _threshold(x, Octav(iterations, noise), format, axes)
+
+
+# Compiled once for a shape: called on arrays, a loop alone would be compiled every time.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def _threshold(x: jax.Array, rule: Octav, format: Int, axes: tuple[int, ...]) -> jax.Array:
+    return rule.threshold(x, format, axes)
 
 
 class _Problem(NamedTuple):
