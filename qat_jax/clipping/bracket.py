@@ -22,7 +22,7 @@ def bracketed(magnitude: jax.Array, axes: tuple[int, ...], c: jax.Array) -> jax.
     """The least fixed point of OCTAV's recursion (arXiv:2206.06501, equation 6) in each group.
 
     Candidates a third apart say between which two it lies, and candidates between those two where:
-    to 1 % of its value, from where one step of Newton's takes it on. Beyond 2,048 means there
+    to 1 % of its value, from where two steps of Newton's take it on. Beyond 2,048 means there
     is no second round to speak of.
 
     Args:
@@ -47,8 +47,11 @@ def bracketed(magnitude: jax.Array, axes: tuple[int, ...], c: jax.Array) -> jax.
     candidates = last + (next_ - last) * (index / (_CANDIDATES - 1))
     below, found = _below(candidates, *_beyond(magnitude, candidates, axes), nonzero, c)
     # Where even 0 is not below, all is 0 or something is not finite, and so is what was found.
-    s = jnp.max(jnp.where(below, found, 0), -1)
-    return jnp.where(below[..., 0], s, found[..., 0])
+    s = jnp.max(jnp.where(below, found, 0), -1, keepdims=True)
+    s = jnp.where(below[..., :1], s, found[..., :1])
+    excess, above = _beyond(magnitude, s, axes)
+    _, found = _below(s, excess, above, nonzero, c)
+    return jnp.where(above > 0, found, s)[..., 0]
 
 
 def _beyond(
