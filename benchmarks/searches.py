@@ -134,15 +134,17 @@ def measure(
         if traced is not None:
             measured["step"].append(index)
             measured["loss"].append(float(metrics["loss"]))
+            worst = {}
             for kind in SEARCHES:
-                ratios = [float(row[kind]) for row in traced.values()]
-                measured[f"{kind}_worst"].append(max(ratios))
-                measured[f"{kind}_mean"].append(float(np.mean(ratios)))
+                ratios = {path: float(row[kind]) for path, row in traced.items()}
+                worst[kind] = max(ratios, key=ratios.__getitem__)
+                measured[f"{kind}_worst"].append(ratios[worst[kind]])
+                measured[f"{kind}_mean"].append(float(np.mean(list(ratios.values()))))
             measured["single_pass_share"].append(
                 float(np.mean([row["one_pass"] for row in traced.values()]))
             )
-            worst = ", ".join(f"{kind} {measured[f'{kind}_worst'][-1]:.5f}" for kind in SEARCHES)
-            print(f"step {index}: worst {worst}", file=sys.stderr)
+            said = (f"{kind} {measured[f'{kind}_worst'][-1]:.5f} ({worst[kind]})" for kind in worst)
+            print(f"step {index}: worst {', '.join(said)}", file=sys.stderr)
     return measured
 
 
