@@ -112,38 +112,44 @@ def prepare(workload: Workload, batch: dict[str, jax.Array], quantise: Quantise)
     return Contestant(step.lower, state)  # type: ignore[attr-defined]
 
 
-def compile_all(
+def compile_in_turn(
     measured: dict[str, Contestant], batch: dict[str, jax.Array], compilations: int
 ) -> None:
-    """Compiles each so many times, or all at once; what then fails is left out."""
+    """Compiles each so many times."""
     for round_ in range(compilations):
         print(f"compilation {round_ + 1} of {compilations}", file=sys.stderr)
         for contestant in measured.values():
             jax.clear_caches()  # or the program of the last one would be returned
             contestant.compile(batch)
-    if compilations:
-        return
+
+
+def compile_at_once(measured: dict[str, Contestant], batch: dict[str, jax.Array]) -> None:
+    """Compiles all side by side, where the time of one says nothing.
+
+    What is compared with the baseline is left out if it does not compile.
+    """
     print("compiling", file=sys.stderr)
     with concurrent.futures.ThreadPoolExecutor() as threads:
         compiled = {name: threads.submit(c.compile, batch) for name, c in measured.items()}
+    compiled.pop(BASELINE).result()
     for name, result in compiled.items():
         if (error := result.exception()) is not None:
             print(f"{name} does not compile: {error}", file=sys.stderr)
             del measured[name]
+    for contestant in measured.values():
+        contestant.compile_seconds.clear()
 
 
-def summary(
-    measured: dict[str, Contestant], *, compile_times: bool = True
-) -> dict[str, dict[str, float]]:
-    """Medians, and ratios to the baseline round by round; of compilations the shortest."""
+def summary(measured: dict[str, Contestant]) -> dict[str, dict[str, float]]:
+    """Medians, and ratios to the baseline round by round; of timed compilations the shortest."""
     base = measured[BASELINE]
-    base_compile = min(base.compile_seconds)
 
     def compilation(contestant: Contestant) -> dict[str, float]:
-        if not compile_times:
+        if not contestant.compile_seconds:
             return {}
         shortest = min(contestant.compile_seconds)
-        return {"compile_seconds": shortest, "compile_ratio": shortest / base_compile}
+        ratio = shortest / min(base.compile_seconds)
+        return {"compile_seconds": shortest, "compile_ratio": ratio}
 
     return {
         name: rounds.ratios(contestant.seconds, base.seconds, PREFIX)
@@ -172,6 +178,8 @@ def main() -> int:
         help="timed ones of each; 0: all at once, untimed",
     )
     arguments = parser.parse_args()
+    if arguments.compilations < 0:
+        parser.error("--compilations is a count")
 
     workload = WORKLOADS[arguments.workload]
     batch_size = arguments.batch or workload.batch_size
@@ -180,12 +188,15 @@ def main() -> int:
     for name, quantise in contestants(workload).items():
         print(f"quantising: {name}", file=sys.stderr)
         measured[name] = prepare(workload, batch, quantise)
-    compile_all(measured, batch, arguments.compilations)
+    if arguments.compilations:
+        compile_in_turn(measured, batch, arguments.compilations)
+    else:
+        compile_at_once(measured, batch)
     for contestant in measured.values():  # the first step of a program is not like the others
         contestant.run(batch)
         contestant.seconds.clear()
     rounds.run(measured, batch, arguments.rounds)
-    rows = summary(measured, compile_times=arguments.compilations > 0)
+    rows = summary(measured)
     title = f"{workload.title}, training step at 4 bits, batch {batch_size}"
     others = {
         "compile": lambda row: f"{row['compile_ratio']:.2f}" if "compile_ratio" in row else "-",

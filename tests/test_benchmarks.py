@@ -8,7 +8,7 @@ from flax import nnx
 
 from benchmarks import bert_memory, inference, sizes, thresholds, train_step
 from benchmarks.collectives import Traffic, traffic
-from benchmarks.workloads import WORKLOADS
+from benchmarks.workloads import WORKLOADS, unquantised
 from qat_jax import PerTensor
 from qat_jax.models import BertSize
 
@@ -57,6 +57,30 @@ def test_the_benchmark_runs_and_reports_ratios(name, compared, tmp_path, monkeyp
         assert row["step_ratio_min"] <= row["step_ratio"] <= row["step_ratio_max"]
         assert row["step_seconds"] > 0
     assert "octav, carried" in capsys.readouterr().out
+
+
+def test_contestants_compiled_at_once_are_not_timed(tmp_path, monkeypatch, capsys):
+    def broken(model, inputs):
+        del inputs
+        model.linear = nnx.Linear(1, 10, rngs=nnx.Rngs(0))  # of other inputs than it gets
+        return model
+
+    contestants = {"unquantised": unquantised, "other": unquantised, "broken": broken}
+    monkeypatch.setattr(train_step, "contestants", lambda workload: contestants)
+    monkeypatch.setitem(WORKLOADS, "resnet20", WORKLOADS["resnet20"]._replace(model=Small))
+    out = tmp_path / "step"
+    arguments = ["--batch=2", "--rounds=1", "--compilations=0", f"--out={out}"]
+    monkeypatch.setattr(sys, "argv", ["train_step", *arguments])
+    assert train_step.main() == 0
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert rows.keys() == {"unquantised", "other"}
+    assert all("compile_seconds" not in row for row in rows.values())
+    assert "broken does not compile" in capsys.readouterr().err
+
+    monkeypatch.setattr(sys, "argv", ["train_step", "--compilations=-1"])
+    with pytest.raises(SystemExit):
+        train_step.main()
+    assert "--compilations is a count" in capsys.readouterr().err
 
 
 def test_forward_passes_are_compared(tmp_path, monkeypatch):
