@@ -18,6 +18,12 @@ def newton(x, c, iterations=10, positive=False):
     return s
 
 
+def modelled_error(x, s, c):
+    """J(s) of section 3, for signed x."""
+    a = np.abs(np.asarray(x, np.float64))
+    return c * s**2 * np.sum((a > 0) & (a <= s)) + np.sum((a[a > s] - s) ** 2)
+
+
 def per_group(x, axes, c, **kwargs):
     """`newton` for every group, keepdims."""
     x = np.asarray(x, np.float64)
