@@ -65,6 +65,10 @@ def dataset_config() -> dict[str, Any]:
         "length": 384,  # tokens of a window
         "stride": 128,  # tokens between the starts of two
         "max_question_length": 64,
+        # With a multiple, training and evaluation batches are as long as their longest window, in
+        # multiples of so many tokens, and the windows of so many batches are sorted into them by
+        # length. 0: every batch is `length` long.
+        "bucketing": {"multiple": 0, "batches": 1},
         "cache_dir": placeholder(str),  # where windows are kept for the next run
         "num_threads": 1,
         "num_workers": 0,

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
+from experiments.freed_memory import keep_freed_memory
 from qat_jax.data import DataError
 from qat_jax.policy_file import load_policy, policy_to_yaml
 from qat_jax.training.checkpoint import CheckpointError
@@ -97,6 +98,7 @@ def guarded(work: Callable[[], int]) -> int:
         That of `work`; 1 failed, 2 wrong usage, 128 + n ended by signal n.
     """
     _log_to_stderr()
+    keep_freed_memory()
     # Jobs that a script starts in the background ignore SIGINT; asked to stop, a run should save.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -33,6 +33,7 @@ class ImageClassification:
     config: ConfigDict
     fields = IMAGE_FIELDS
     headline = "accuracy"
+    bucketing = None
 
     def __post_init__(self) -> None:
         self.objective  # noqa: B018 - bad settings are told before anything is read

@@ -26,14 +26,24 @@ class QuestionAnswering:
         config: with sections `dataset` and `model`.
 
     Raises:
-        Of its methods: `DataError` where there are no such questions or no vocabulary, ValueError
-        where windows have no room for a context.
+        ValueError: bad settings of how batches are made. Of its methods: `DataError` where there
+            are no such questions or no vocabulary, ValueError where windows have no room for a
+            context.
     """
 
     config: ConfigDict
     fields = data.QUESTION_FIELDS
     headline = "f1"
     objective = SpanExtraction()
+
+    def __post_init__(self) -> None:
+        self.bucketing  # noqa: B018 - bad settings are told before anything is read
+
+    @property
+    def bucketing(self) -> data.Bucketing | None:
+        """See `tasks.Task`."""
+        settings = self.config.dataset.bucketing
+        return data.Bucketing(settings.multiple, settings.batches) if settings.multiple else None
 
     def train_source(self) -> tuple[Any, Augment | None]:
         """See `tasks.Task`."""
@@ -62,6 +72,8 @@ class QuestionAnswering:
         answers = self.config.answers.to_dict()
 
         def judge(state: TrainState, source: data.SquadFeatures) -> Metrics:
+            if self.bucketing is not None:
+                source = source.by_length()
             batches = tasks.eval_batches(self, source, self.config.batch_size)
             logits, loss = predict(step, state, batches, devices)
             predictions = data.best_answers(source, logits, **answers)

@@ -34,6 +34,11 @@ class Task(Protocol):
         """What models are trained for."""
         ...
 
+    @property
+    def bucketing(self) -> data.Bucketing | None:
+        """How examples of different lengths share batches; None where all are of one."""
+        ...
+
     def train_source(self) -> tuple[Any, Augment | None]:
         """The training examples, at random access, and how their images are augmented."""
         ...
@@ -92,6 +97,7 @@ def eval_batches(task: Task, source: Any, batch_size: int) -> Iterator[HostBatch
         source,
         batch_size=batch_size,
         fields=task.fields,
+        bucketing=task.bucketing,
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
     )

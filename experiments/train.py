@@ -168,6 +168,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                     seed=config.seed,
                     fields=task.fields,
                     augment=augment,
+                    bucketing=task.bucketing,
                     start_step=start_step,
                     num_threads=config.dataset.num_threads,
                     num_workers=config.dataset.num_workers,

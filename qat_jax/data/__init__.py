@@ -5,6 +5,7 @@
 """
 
 from qat_jax.data.augment import random_crop_flip
+from qat_jax.data.bucketing import Bucketing, Sequences
 from qat_jax.data.crops import CentreCrop, RandomResizedCrop
 from qat_jax.data.fake import FakeImages
 from qat_jax.data.image_folder import ImageFolder
@@ -25,6 +26,7 @@ from qat_jax.data.squad_metrics import exact_match, f1, score
 __all__ = [
     "QUESTION_FIELDS",
     "Answer",
+    "Bucketing",
     "CentreCrop",
     "DataError",
     "FakeImages",
@@ -34,6 +36,7 @@ __all__ = [
     "Question",
     "RandomResizedCrop",
     "RankedAnswer",
+    "Sequences",
     "SquadFeatures",
     "WordPiece",
     "best_answers",

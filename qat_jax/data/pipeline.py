@@ -15,6 +15,8 @@ import grain
 import numpy as np
 from absl import flags
 
+from qat_jax.data.bucketing import Bucketing
+
 Example = dict[str, Any]
 Batch = dict[str, np.ndarray]
 Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -90,6 +92,7 @@ def train_batches(
     seed: int,
     fields: Sequence[str] = IMAGE_FIELDS,
     augment: Augment | None = None,
+    bucketing: Bucketing | None = None,
     start_step: int = 0,
     num_threads: int = 1,
     num_workers: int = 0,
@@ -110,6 +113,8 @@ def train_batches(
       fields: what a batch is made of; a source may have more.
       augment: (image, generator) -> image, applied to each example's `image`; all results have one
         shape.
+      bucketing: how sequences of different lengths share batches; the source is `Sequences`. None:
+        as they are drawn, each as long as the source has it.
       start_step: index of the first batch.
       num_threads: threads that read ahead, in each process that reads; 0 reads on demand. More
         than one helps where reading waits (a slow disk, JPEG), not with small stored arrays.
@@ -136,7 +141,8 @@ def train_batches(
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     part = _Part(batch_size, shard_index, shard_count)
     steps = grain.MapDataset.range(start_step, sys.maxsize)
-    batches = steps.map(_ReadTraining(source, order, part, tuple(fields), augment, seed))
+    read = _ReadTraining(source, order, part, tuple(fields), augment, bucketing, seed)
+    batches = steps.map(read)
     batches = batches.to_iter_dataset(_read_options(num_threads))
     if num_workers:
         batches = _in_workers(batches, num_workers)
@@ -148,6 +154,7 @@ def eval_batches(
     *,
     batch_size: int,
     fields: Sequence[str] = IMAGE_FIELDS,
+    bucketing: Bucketing | None = None,
     num_threads: int = 1,
     shard_index: int = 0,
     shard_count: int = 1,
@@ -162,6 +169,8 @@ def eval_batches(
       source: examples that have the fields.
       batch_size: examples in a global batch, over all shards.
       fields: what a batch is made of.
+      bucketing: a batch is as long as its longest sequence needs; the order stays. None: as long
+        as the source has it.
       num_threads: threads that read ahead; 0 reads on demand.
       shard_index: which part of every global batch is wanted: `jax.process_index()`.
       shard_count: into how many disjoint parts it is divided: `jax.process_count()`.
@@ -180,7 +189,7 @@ def eval_batches(
     """
     part = _Part(batch_size, shard_index, shard_count)
     steps = grain.MapDataset.range(-(-len(source) // batch_size))
-    batches = steps.map(_ReadEvaluation(source, part, tuple(fields)))
+    batches = steps.map(_ReadEvaluation(source, part, tuple(fields), bucketing))
     return iter(batches.to_iter_dataset(_read_options(num_threads)))
 
 
@@ -208,25 +217,31 @@ class _Part:
         return self.batch_size // self.shard_count
 
     def positions(self, step: int) -> range:
+        """Those of this shard's part of a batch."""
         start = step * self.batch_size + self.shard_index * self.size
         return range(start, start + self.size)
+
+    def of(self, batch: np.ndarray) -> list[int]:
+        """This shard's part of the indices of a global batch."""
+        start = self.shard_index * self.size
+        return batch[start : start + self.size].tolist()
 
 
 @dataclasses.dataclass(frozen=True)
 class _ReadTraining:
     """Step -> batch. Reads a batch at a time: Grain's own cost an example is several times ours."""
 
-    source: RandomAccessSource | Sequence[Example]
+    source: Any
     order: Any
     part: _Part
     fields: tuple[str, ...]
     augment: Augment | None
+    bucketing: Bucketing | None
     seed: int
 
     def __call__(self, step: int) -> Batch:
         positions = self.part.positions(step)
-        # The order goes on beyond the first epoch, the indices of the source do not.
-        examples = _read_examples(self.source, [self.order[position] for position in positions])
+        examples = _read_examples(*self._drawn(step, positions))
         if self.augment is not None:
             examples = [
                 example | {"image": self.augment(example["image"], _generator(self.seed, position))}
@@ -234,19 +249,39 @@ class _ReadTraining:
             ]
         return _stack(examples, self.fields)
 
+    def _drawn(self, step: int, positions: range) -> tuple[Any, list[int]]:
+        """What is read of which source."""
+        if self.bucketing is None:
+            # The order goes on beyond the first epoch, the indices of the source do not.
+            return self.source, [self.order[position] for position in positions]
+        batch = self.bucketing.batch(
+            self.order,
+            step,
+            lengths=self.source.lengths,
+            batch_size=self.part.batch_size,
+            seed=self.seed,
+        )
+        return self.bucketing.cut(self.source, batch), self.part.of(batch)
+
 
 @dataclasses.dataclass(frozen=True)
 class _ReadEvaluation:
     """Step -> batch in the source's order, beginning again where it ends."""
 
-    source: RandomAccessSource | Sequence[Example]
+    source: Any
     part: _Part
     fields: tuple[str, ...]
+    bucketing: Bucketing | None
 
     def __call__(self, step: int) -> Batch:
         positions = self.part.positions(step)
-        examples = _read_examples(self.source, [i % len(self.source) for i in positions])
-        return _stack(examples, self.fields) | {"mask": np.array(positions) < len(self.source)}
+        source, count = self.source, len(self.source)
+        if self.bucketing is not None:
+            first = step * self.part.batch_size
+            batch = np.arange(first, first + self.part.batch_size) % count
+            source = self.bucketing.cut(source, batch)
+        examples = _read_examples(source, [i % count for i in positions])
+        return _stack(examples, self.fields) | {"mask": np.array(positions) < count}
 
 
 def _stack(examples: Sequence[Example], fields: tuple[str, ...]) -> Batch:

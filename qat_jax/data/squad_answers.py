@@ -39,14 +39,14 @@ def ranked_answers(
 
     Args:
         features: the windows.
-        logits: float [N, L, 2], of start and end.
+        logits: float [N, L, 2], of start and end; or of fewer tokens, if the rest is padding.
         n_best: see above; also the most spans of a question.
         max_answer_tokens: of a span.
 
     Returns:
         By question's id; without spans for a question whose context has no token.
     """
-    of_context = features.offsets[..., 0] >= 0
+    of_context = features.offsets[:, : logits.shape[1], 0] >= 0
     logits = np.where(of_context[..., None], logits, -np.inf)
     kept = min(n_best, logits.shape[1])
     best = np.argpartition(-logits, kept - 1, axis=1)[:, :kept]  # [N, K, 2], in no order
@@ -82,7 +82,7 @@ def best_answers(
 
     Args:
         features: the windows.
-        logits: float [N, L, 2], of start and end.
+        logits: as of `ranked_answers`.
         n_best: see `ranked_answers`.
         max_answer_tokens: of an answer.
         null_threshold: for sets where some questions have no answer: it is "" where the least score

@@ -126,6 +126,22 @@ class SquadFeatures:
             dict(zip(QUESTION_FIELDS, window, strict=True)) for window in zip(*columns, strict=True)
         ]
 
+    def cut(self, length: int) -> "SquadFeatures":
+        """These windows without what follows the first `length` tokens: padding, or not read."""
+        return dataclasses.replace(
+            self, tokens=self.tokens[:, :length], offsets=self.offsets[:, :length]
+        )
+
+    def by_length(self) -> "SquadFeatures":
+        """These windows, the longest first."""
+        order = np.argsort(-self.lengths, kind="stable")
+        rows = {
+            field.name: getattr(self, field.name)[order]
+            for field in dataclasses.fields(self)
+            if field.name != "questions"
+        }
+        return dataclasses.replace(self, **rows)
+
 
 def make_features(
     questions: Sequence[Question],

@@ -3,19 +3,32 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 
-def compile_ahead(step: Any, *arguments: Any) -> tuple[Callable[..., Any], str]:
-    """Compiles a jitted function for arguments like these.
+
+class PerShape:
+    """A jitted step, compiled ahead once for every shape of its batches.
 
     Args:
-        step: what `jax.jit` returned.
-        arguments: what it will be called with; of arrays only shapes, dtypes and places count.
-
-    Returns:
-        The compiled function, and a line about its memory on each device.
+        step: what `jax.jit` returned, of a state and a batch.
+        say: is told what memory a step takes, at first and whenever it is more than before.
     """
-    compiled = step.lower(*arguments).compile()
-    return compiled, memory_line(compiled.memory_analysis())
+
+    def __init__(self, step: Any, say: Callable[[str], None]) -> None:
+        self._step, self._say = step, say
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._most = -1
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        """What the step returns."""
+        shapes = tuple(array.shape for array in jax.tree.leaves(batch))
+        if shapes not in self._compiled:
+            self._compiled[shapes] = compiled = self._step.lower(state, batch).compile()
+            memory = compiled.memory_analysis()
+            if (passing := getattr(memory, "temp_size_in_bytes", 0)) > self._most:
+                self._most = passing
+                self._say(memory_line(memory))
+        return self._compiled[shapes](state, batch)
 
 
 def memory_line(memory: Any) -> str:

@@ -1,7 +1,7 @@
 """Judging a state by examples: sums over batches, or all that the model says to them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -57,7 +57,8 @@ def predict(
         devices: where to compute.
 
     Returns:
-        The outputs to every example once, in order, [N, …], and the mean loss.
+        The outputs to every example once, in order, [N, …], and the mean loss. Where batches are of
+        different lengths, those of the shorter ones end in zeros.
 
     Raises:
         ValueError: there is no example.
@@ -66,9 +67,16 @@ def predict(
     if not said:
         raise ValueError("the evaluation set is empty")
     mask = np.concatenate([part["mask"] for part in said])
-    outputs = np.concatenate([part["outputs"] for part in said])[mask]
+    outputs = _stacked([part["outputs"] for part in said])[mask]
     losses = np.concatenate([part["loss"] for part in said])[mask]
     return outputs, math.fsum(losses) / len(losses)
+
+
+def _stacked(outputs: Sequence[np.ndarray]) -> np.ndarray:
+    """[B, L, …] each to [N, the longest L, …]."""
+    shape = np.max([part.shape[1:] for part in outputs], axis=0)
+    missing = [[(0, 0), *((0, n) for n in shape - part.shape[1:])] for part in outputs]
+    return np.concatenate([np.pad(*padded) for padded in zip(outputs, missing, strict=True)])
 
 
 def summary(metrics: Metrics) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from qat_jax.training.checkpoint import Checkpoints
-from qat_jax.training.compilation import compile_ahead
+from qat_jax.training.compilation import PerShape
 from qat_jax.training.evaluation import HostBatch, Metrics, summary
 from qat_jax.training.hosts import Largest
 from qat_jax.training.progress import ProgressBar
@@ -92,7 +92,8 @@ def fit(
     """Trains from `state.step` to `plan.total`.
 
     A new run is evaluated once before the first step, so that the first line of the metrics says
-    where it started. The step is compiled ahead, and what memory it takes is said before it runs.
+    where it started. The step is compiled ahead for each shape of batches, and what memory it
+    takes is said before it runs.
 
     Of several processes each calls this with its own part of the data; they stop together when one
     of them is asked to.
@@ -125,7 +126,6 @@ def fit(
     saved_step = step if step else None
     previous: tuple[int, dict[str, Any]] | None = None
     tested: Metrics | None = None
-    compiled: Callable[..., Any] | None = None
     stopped_by = 0
 
     with contextlib.ExitStack() as stack:
@@ -133,6 +133,7 @@ def fit(
         tracer = stack.enter_context(StepTrace(trace))
         stop = stack.enter_context(stop_signals())
         asked_to_stop = Largest(devices)
+        compiled = PerShape(train_step, lambda memory: progress.message(f"{name}: {memory}"))
 
         def test() -> Metrics:
             metrics = evaluate(state)
@@ -154,9 +155,6 @@ def fit(
             stack.callback(batches.close)
         while step < plan.total and not (stopped_by := asked_to_stop(stop.signal_number or 0)):
             batch = devices.shard_batch(next(batches))
-            if compiled is None:
-                compiled, memory = compile_ahead(train_step, state, batch)
-                progress.message(f"{name}: {memory}")
             tracer.before_step()
             state, metrics = compiled(state, batch)
             step += 1
