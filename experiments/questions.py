@@ -42,8 +42,8 @@ class QuestionAnswering:
     @property
     def bucketing(self) -> data.Bucketing | None:
         """See `tasks.Task`."""
-        settings = self.config.dataset.bucketing
-        return data.Bucketing(settings.multiple, settings.batches) if settings.multiple else None
+        multiple, batches = (self.config.dataset.bucketing[key] for key in ("multiple", "batches"))
+        return None if (multiple, batches) == (0, 1) else data.Bucketing(multiple, batches)
 
     def train_source(self) -> tuple[Any, Augment | None]:
         """See `tasks.Task`."""

@@ -334,6 +334,34 @@ def test_many_windows_at_once_are_each_of_them(wordpiece):
             assert ours[name].dtype == value.dtype
 
 
+def test_cut_windows_are_read_as_far_as_they_go(wordpiece):
+    source = make_features([asked("a b c", "b"), asked("c", "c", name="r")], wordpiece, **LONG)
+    longest = source.lengths.max()
+    short = source.cut(longest)
+    for index in range(2):
+        for name, value in source[index].items():
+            whole = np.asarray(value)
+            expected = whole if whole.ndim == 0 else whole[:longest]
+            np.testing.assert_array_equal(short[index][name], expected)
+    same(source.cut(1000), source)
+
+
+def test_windows_by_length_keep_their_questions_and_answers(wordpiece):
+    questions = [
+        asked(context, "c", name=context) for context in ("c", "a b c", "a c", "b b b b c")
+    ]
+    source = make_features(questions, wordpiece, **LONG)
+    ordered = source.by_length()
+    assert ordered.lengths.tolist() == sorted(source.lengths.tolist(), reverse=True)
+    assert ordered.question_index.tolist() == [3, 1, 2, 0]
+    logits = np.random.default_rng(0).normal(size=(*source.tokens.shape, 2))
+    answers = best_answers(source, logits, null_threshold=0.0)
+    order = np.argsort(-source.lengths, kind="stable")
+    shorter = logits[order][:, : source.lengths.max()]  # as a model gives them to shorter batches
+    assert best_answers(ordered, logits[order], null_threshold=0.0) == answers
+    assert best_answers(ordered, shorter, null_threshold=0.0) == answers
+
+
 def test_ranked_answers_are_those_of_a_plain_search(wordpiece):
     questions = [asked("a b c a b c", "b c"), asked("c 12 .", "12", name="r")]
     windows = make_features(questions, wordpiece, length=9, stride=2, max_question_length=2)

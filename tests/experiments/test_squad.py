@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -88,6 +89,45 @@ def test_a_network_learns_to_answer(trained, folder):
     assert metrics["test_f1"] >= metrics["test_exact_match"]
     assert metrics["test_loss"] < 0.7 * before["loss"]
     assert len(list((folder / "cache").glob("squad-*.npz"))) == 2
+
+
+def test_answers_do_not_depend_on_how_long_batches_are(trained, folder, tmp_path):
+    judged = []
+    for number, changes in enumerate(
+        ([], ["--config.dataset.bucketing.multiple=4"], ["--config.dataset.bucketing.multiple=1"])
+    ):
+        changes = [*changes, f"--config.model.pretrained={trained / train.WEIGHTS}"]
+        workdir = tmp_path / str(number)
+        assert cli.main(ptq.run, ptq.__doc__, command("ptq", folder, workdir, *changes)) == 0
+        judged.append(result(workdir))
+    for metrics in judged[1:]:
+        assert metrics["float_f1"] == judged[0]["float_f1"]
+        assert metrics["float_loss"] == pytest.approx(judged[0]["float_loss"], rel=1e-5)
+
+
+def test_training_in_buckets_is_resumed_bit_for_bit(folder, tmp_path):
+    changes = [
+        "--config.dataset.bucketing.multiple=2",
+        "--config.dataset.bucketing.batches=4",
+        "--config.checkpoint_every_percent=50",
+        "--config.total_epochs=1",
+    ]
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    assert cli.main(train.run, train.__doc__, command("train", folder, whole, *changes)) == 0
+    assert cli.main(train.run, train.__doc__, command("train", folder, halved, *changes)) == 0
+    for name in ("result.json", train.WEIGHTS):
+        (halved / name).unlink()
+    shutil.rmtree(halved / "checkpoints" / "8")
+    assert cli.main(train.run, train.__doc__, command("train", folder, halved, *changes)) == 0
+    assert (halved / train.WEIGHTS).read_bytes() == (whole / train.WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("setting", ["multiple=-1", "batches=2"])
+def test_buckets_that_cannot_be_are_refused(folder, tmp_path, capsys, setting):
+    arguments = command("train", folder, tmp_path / "run", f"--config.dataset.bucketing.{setting}")
+    assert cli.main(train.run, train.__doc__, arguments) == cli.WRONG_USAGE
+    assert "give at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_trained_weights_are_quantised_after_training(trained, folder, tmp_path):

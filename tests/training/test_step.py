@@ -169,6 +169,24 @@ def test_prediction_leaves_the_padding_out(lab):
     assert loss == pytest.approx(metrics["loss"], rel=1e-5)
 
 
+def test_predictions_of_batches_of_different_lengths_end_in_zeros(lab):
+    batches = [
+        {"x": np.full((2, length), length, np.float32), "mask": np.array([True, length > 3])}
+        for length in (5, 3, 4)
+    ]
+
+    def step(state, batch):
+        x = batch["x"]
+        return {"outputs": np.stack([x, -x], -1), "mask": batch["mask"], "loss": x[:, 0]}
+
+    outputs, loss = predict(step, None, batches, lab.devices)
+    assert outputs.shape == (5, 5, 2)
+    for said, length in zip(outputs, [5, 5, 3, 4, 4], strict=True):
+        expected = np.where(np.arange(5)[:, None] < length, length, 0) * [1, -1]
+        np.testing.assert_array_equal(said, expected)
+    assert loss == pytest.approx((5 + 5 + 3 + 4 + 4) / 5)
+
+
 def test_an_empty_evaluation_set_is_refused(lab):
     with pytest.raises(ValueError, match="empty"):
         evaluate(lab.eval_step, lab.state(), [], lab.devices)
