@@ -45,6 +45,14 @@ class Bucketing:
             if (value := getattr(self, field.name)) < 1:
                 raise ValueError(f"bucketing.{field.name} is {value}: give at least 1")
 
+    def check(self, source: Any) -> None:
+        """Raises ValueError unless these are `Sequences`."""
+        if not (hasattr(source, "lengths") and hasattr(source, "cut")):
+            raise ValueError(
+                f"bucketing is for sequences: {type(source).__name__} has no lengths to sort and "
+                "no cut to shorten by (see Sequences)"
+            )
+
     def batch(
         self, order: Sequence[int], step: int, *, lengths: np.ndarray, batch_size: int, seed: int
     ) -> np.ndarray:

@@ -128,7 +128,8 @@ def train_batches(
       become int32. `close()` ends its threads and workers at once.
 
     Raises:
-      ValueError: an empty source, or a batch that does not divide into the shards.
+      ValueError: an empty source, a batch that does not divide into the shards, or bucketing of
+        other things than sequences.
 
     Example:
       >>> examples = [{"image": np.full((1, 1, 1), i, np.uint8), "label": i} for i in range(4)]
@@ -138,6 +139,8 @@ def train_batches(
     """
     if len(source) == 0:
         raise ValueError("the source has no examples: choose a larger split")
+    if bucketing is not None:
+        bucketing.check(source)
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     part = _Part(batch_size, shard_index, shard_count)
     steps = grain.MapDataset.range(start_step, sys.maxsize)
@@ -180,13 +183,16 @@ def eval_batches(
       True for examples, False for padding.
 
     Raises:
-      ValueError: a batch that does not divide into the shards.
+      ValueError: a batch that does not divide into the shards, or bucketing of other things than
+        sequences.
 
     Example:
       >>> examples = [{"image": np.full((1, 1, 1), i, np.uint8), "label": i} for i in range(3)]
       >>> [batch["mask"].tolist() for batch in eval_batches(examples, batch_size=2)]
       [[True, True], [True, False]]
     """
+    if bucketing is not None:
+        bucketing.check(source)
     part = _Part(batch_size, shard_index, shard_count)
     steps = grain.MapDataset.range(-(-len(source) // batch_size))
     batches = steps.map(_ReadEvaluation(source, part, tuple(fields), bucketing))

@@ -146,3 +146,11 @@ def test_evaluation_keeps_the_order_and_every_position(lengths, batch_size, mult
 def test_nothing_that_is_not_positive(settings):
     with pytest.raises(ValueError, match=r"bucketing\.(multiple|batches) is .*give at least 1"):
         Bucketing(*settings)
+
+
+def test_images_are_not_bucketed():
+    images = [{"image": np.zeros((2, 2, 3), np.uint8), "label": 0}]
+    for batches in (train_batches, eval_batches):
+        options = {"seed": 0} if batches is train_batches else {}
+        with pytest.raises(ValueError, match="bucketing is for sequences: list has no lengths"):
+            batches(images, batch_size=1, bucketing=Bucketing(8), **options)
