@@ -99,7 +99,7 @@ def main() -> int:
 
     workload = WORKLOADS[arguments.workload]
     batch_size = arguments.batch or workload.batch_size
-    rows = {}
+    rows: dict[str, dict[str, float]] = {}
     with processes(arguments.workload, batch_size) as connections:
         for name in _STEPS:
             remotes = {kind: Remote(connection) for kind, connection in connections.items()}
