@@ -73,16 +73,17 @@ def processes(workload: str, batch_size: int) -> Iterator[dict[str, Connection]]
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         found = {}
+        print("compiling", file=sys.stderr)
         for name in (_BASELINE, _KEEPING):
-            print(f"compiling: {name}", file=sys.stderr)
             ours, theirs = context.Pipe()
             arguments = (theirs, workload, batch_size, name == _KEEPING)
             process = context.Process(target=serve, args=arguments, daemon=True)
             process.start()
             stack.callback(process.terminate)
             theirs.close()
-            ours.recv()
             found[name] = ours
+        for connection in found.values():
+            connection.recv()
         yield found
 
 

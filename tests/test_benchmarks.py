@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import sys
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import bert_memory, inference, sizes, thresholds, train_step
+from benchmarks import bert_memory, freed_memory, inference, sizes, thresholds, train_step
 from benchmarks.collectives import Traffic, traffic
 from benchmarks.workloads import WORKLOADS, unquantised
 from qat_jax import PerTensor
@@ -25,6 +26,19 @@ class Small(nnx.Module):
     def __call__(self, x):
         x = nnx.relu(self.conv2(nnx.relu(self.conv1(x))))
         return self.linear(x.mean((1, 2)))
+
+
+def test_steps_that_keep_memory_are_compared_with_those_that_do_not(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(name)
+    out = tmp_path / "kept"
+    arguments = ["--workload=minilm-block", "--batch=1", "--rounds=2", f"--out={out}"]
+    monkeypatch.setattr(sys, "argv", ["freed_memory", *arguments])
+    assert freed_memory.main() == 0
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert len(rows) == 4
+    assert rows["octav, as JAX leaves it"]["ratio"] == 1
+    assert rows["unquantised, kept"]["ratio"] > 0
 
 
 @pytest.mark.parametrize(
