@@ -1,4 +1,4 @@
-"""Memory that a step frees is kept for the next one, which on CPUs saves a sixth of a step or more.
+"""Memory that a step frees is kept for the next one, which saves a twelfth to a fifth on CPUs.
 
 XLA's CPU backend allocates what a step passes on anew every time. glibc takes gigabytes from the
 kernel for it and gives them back, and the kernel clears every page again.
