@@ -14,12 +14,16 @@ Prints a table and, with --out, writes it as JSON with command, commit, versions
 import argparse
 import contextlib
 import multiprocessing
+import signal
 import sys
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
-from benchmarks import record, rounds
+import jax
+
+from benchmarks import record, rounds, train_step
 from benchmarks.workloads import WORKLOADS
+from experiments.freed_memory import keep_freed_memory
 
 _STEPS = ("unquantised", "octav")
 _BASELINE, _KEEPING = "as JAX leaves it", "kept"
@@ -41,16 +45,9 @@ class Remote:
 
 def serve(connection: Connection, workload: str, batch_size: int, keeps: bool) -> None:
     """Runs steps as they are asked for by name, and answers with their seconds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     if keeps:
-        from experiments.freed_memory import keep_freed_memory
-
-        if not keep_freed_memory():
-            raise SystemExit("memory is not kept: unset MALLOC_… and GLIBC_TUNABLES")
-    # Imported after memory is kept, and not by the process that only asks.
-    import jax
-
-    from benchmarks import train_step
-
+        keep_freed_memory()
     batch = jax.device_put(WORKLOADS[workload].batch(batch_size))
     everything = train_step.contestants(WORKLOADS[workload])
     steps = {}
@@ -97,6 +94,10 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="examples in a step; the workload's own if not")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each")
     arguments = parser.parse_args()
+    if not keep_freed_memory():  # asked here, where it can be told; each process does it for itself
+        parser.error(
+            "memory is not kept here: it needs glibc, and MALLOC_… and GLIBC_TUNABLES not to be set"
+        )
 
     workload = WORKLOADS[arguments.workload]
     batch_size = arguments.batch or workload.batch_size

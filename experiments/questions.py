@@ -42,7 +42,10 @@ class QuestionAnswering:
     @property
     def bucketing(self) -> data.Bucketing | None:
         """See `tasks.Task`."""
-        multiple, batches = (self.config.dataset.bucketing[key] for key in ("multiple", "batches"))
+        settings = self.config.dataset.get("bucketing")
+        if settings is None:  # a run from before there was such a setting
+            return None
+        multiple, batches = settings.multiple, settings.batches
         return None if (multiple, batches) == (0, 1) else data.Bucketing(multiple, batches)
 
     def train_source(self) -> tuple[Any, Augment | None]:

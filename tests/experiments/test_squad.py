@@ -166,6 +166,21 @@ def test_a_question_typed_at_a_terminal_is_answered(trained, tmp_path, capsys):
     assert "green dog" in printed
 
 
+def test_a_run_from_before_bucketing_still_answers(trained, tmp_path, capsys):
+    old = tmp_path / "old"
+    shutil.copytree(trained, old)
+    for name in ("config.json", "result.json"):
+        content = json.loads((old / name).read_text())
+        del content.get("config", content)["dataset"]["bucketing"]
+        (old / name).write_text(json.dumps(content))
+    said = []
+    for run in (trained, old):
+        text = "--context=red cat . blue dog"
+        assert answer.main([f"--checkpoint={run}", text, "where was red?"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""
+
+
 def test_an_answer_is_shown_where_it_stands_brackets_and_all(capsys):
     context = "the [b]cat[/b] was red, the other cat blue"
     at = context.rindex("cat")
