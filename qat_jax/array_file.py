@@ -12,6 +12,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+# Types of other libraries that the readers of neither kind of file know.
+_UNREADABLE = ("float8", "float6_", "float4_", "int4", "uint4", "int2", "uint2")
+
 
 def read_arrays(path: str | Path, what: str) -> dict[str, np.ndarray]:
     """All arrays of a file by name.
@@ -50,25 +53,34 @@ def read_metadata(path: str | Path, what: str) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def write_arrays(arrays: Mapping[str, np.ndarray], path: str | Path) -> None:
+def write_arrays(
+    arrays: Mapping[str, np.ndarray], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a file that `read_arrays` reads.
 
     Args:
       arrays: by name.
       path: the file, a safetensors file unless it ends in `.npz`; an existing one is replaced
         once the new one is whole.
+      metadata: texts for `read_metadata`.
 
     Raises:
       FileNotFoundError: the folder of ``path`` does not exist.
-      ValueError: ``path`` is a folder, or npz cannot hold an array's dtype, such as bfloat16.
+      ValueError: ``path`` is a folder, npz cannot hold metadata or an array's dtype, such as
+        bfloat16, or neither can hold it, such as float8.
     """
+    for name, array in arrays.items():
+        if array.dtype.name.startswith(_UNREADABLE):
+            raise ValueError(f"no file has {array.dtype} ({name}): convert it to float32 first")
+    if metadata and _is_npz(path):
+        raise ValueError(f"npz has no place for metadata: save {path} as a .safetensors file")
     # Either format holds a buffer as it lies in memory, so a transposed view will not do.
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     with draft_of(path) as draft:
         if _is_npz(path):
             _write_npz(contiguous, draft)
         else:
-            save_file(contiguous, draft)
+            save_file(contiguous, draft, metadata and dict(metadata))
 
 
 @contextlib.contextmanager
@@ -130,6 +142,11 @@ def _readable(path: str | Path, what: str) -> Iterator[None]:
     kind = "npz" if _is_npz(path) else "safetensors"
     try:
         yield
+    except (AttributeError, KeyError) as error:  # of a dtype, looked up by its name
+        raise ValueError(
+            f"{path} has arrays of a type that NumPy does not know ({error}), such as float8: "
+            f"convert the {what} to float32 or bfloat16 first"
+        ) from error
     except (SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
         raise ValueError(
             f"{path} is not a readable {kind} file ({error}): convert the {what} with "

@@ -6,8 +6,9 @@
 injected are NNX modules themselves, so that quantisers can sow diagnostics and hold state.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from qat_jax.padding import QUERIES, TOKENS, keep_padding, without_padding
 from qat_jax.policy import Policy, Rule, preset_for_layers
 from qat_jax.quantizer import QTensor, Quantizer, fake_quant, quantize
 from qat_jax.report import LayerReport, Report
+
+Sown = TypeVar("Sown")
 
 
 class Diagnostic(nnx.Variable):
@@ -341,6 +344,20 @@ def operand_codes(graphdef: nnx.GraphDef, state: nnx.State, *inputs: Any) -> dic
     with keep_padding():
         _, captured = nnx.capture(model, Codes)(*inputs)
     return captured_by_operand(captured, QTensor)
+
+
+def in_all_runs(sown: Mapping[str, Sown], operand: str) -> list[Sown]:
+    """What an operand sowed in each run of its layer.
+
+    Args:
+      sown: from `captured_by_operand`, where later runs have a number after the path.
+      operand: its path.
+
+    Returns:
+      In the order of the runs; empty if there was none.
+    """
+    own = re.compile(re.escape(operand) + r"(/\d+)?")
+    return [value for path, value in sown.items() if own.fullmatch(path)]
 
 
 def operand_quantizers(model: nnx.Module) -> dict[str, OperandQuantizer]:

@@ -55,8 +55,8 @@ def with_switches(
       alternatives: other quantisers of an operand, by its path.
 
     Returns:
-      A copy that computes the same until a `Choice` is changed. Alternatives find their thresholds
-      in every call.
+      A copy that computes what the evaluation mode does until a `Choice` is changed: carried
+      thresholds are left behind. Alternatives find theirs in every call.
 
     Raises:
       ValueError: an alternative is for no operand of the model.
@@ -64,6 +64,7 @@ def with_switches(
     others = dict(alternatives or {})
 
     def switch(path: str, own: OperandQuantizer) -> Switch:
+        own.carried = None  # a branch of a switch cannot change the model
         more = [OperandQuantizer(other, own.token_axes) for other in others.pop(path, ())]
         return Switch([own, *more])
 
@@ -112,11 +113,16 @@ def losses_of(
       The losses, one at a time, in order.
 
     Raises:
-      ValueError: a choice is for no operand of the model.
+      ValueError: a choice is for no operand of the model, or of no quantiser that it has.
     """
     graphdef, found, *rest = nnx.split(model, Choice, ...)
     paths = {"/".join(map(str, path)): path for path, _ in nnx.to_flat_state(found)}
     by_operand = {_operand_of(name): path for name, path in paths.items()}
+    counts = {
+        _operand_of("/".join(map(str, (*path, "choice")))): len(switch.quantizers)
+        for path, switch in nnx.iter_graph(model)
+        if isinstance(switch, Switch)
+    }
 
     @jax.jit
     def measured(chosen: dict, rest: list[nnx.State], *arrays: Any) -> jax.Array:
@@ -126,6 +132,12 @@ def losses_of(
     for choice in choices:
         if unknown := choice.keys() - by_operand.keys():
             raise ValueError(f"no operand {min(unknown)!r}: there are {', '.join(by_operand)}")
+        for operand, number in choice.items():
+            if not 0 <= number <= counts[operand]:
+                raise ValueError(
+                    f"{operand} has no choice {number}: 0 is float, 1 its own quantiser, and "
+                    f"{counts[operand]} the last"
+                )
         chosen = dict.fromkeys(by_operand.values(), np.int32(FLOAT))
         chosen |= {by_operand[operand]: np.int32(number) for operand, number in choice.items()}
         yield float(measured(chosen, rest, *arrays))

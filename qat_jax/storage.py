@@ -8,7 +8,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from qat_jax.nnx import is_weight, operand_codes, operand_quantizers
+from qat_jax.integer.model import IntegerOp, PackedOp
+from qat_jax.integer.packed import unpack
+from qat_jax.nnx import layer_sites, operand_codes, operand_quantizers
 from qat_jax.quantizer import QTensor, Quantizer
 
 _COARSE_BITS = 32
@@ -76,7 +78,7 @@ def operand_storage(model: nnx.Module, *inputs: Any) -> dict[str, Storage]:
     """The storage of every quantised operand of a model; nothing is computed.
 
     Args:
-      model: a quantised NNX model.
+      model: a quantised NNX model, packed or not. Of a network in integers, the kernels alone.
       *inputs: a batch for it: activations are counted as large as it makes them.
 
     Returns:
@@ -86,15 +88,23 @@ def operand_storage(model: nnx.Module, *inputs: Any) -> dict[str, Storage]:
 
     sown = jax.eval_shape(functools.partial(operand_codes, graphdef), state, *inputs)
     quantizers = operand_quantizers(model)
-    return {
+    found = {
         path: array_storage(sown[path], operand.quantizer)
         for path, operand in quantizers.items()
         if path in sown
     }
+    for site in layer_sites(model):
+        if isinstance(site.installed, PackedOp | IntegerOp):
+            kernel = site.installed.weights
+            codes = jax.eval_shape(unpack, kernel.packed)
+            found[site.weights] = array_storage(codes, kernel.quantizer)
+    return found
 
 
 def model_storage(model: nnx.Module, *inputs: Any) -> Storage:
     """The storage of a model's parameters: quantised where they are, as they are elsewhere.
+
+    A kernel that several layers share is counted once for each way in which they quantise it.
 
     Args:
       model: an NNX model.
@@ -103,11 +113,21 @@ def model_storage(model: nnx.Module, *inputs: Any) -> Storage:
     Returns:
       The sum over kernels, biases, normalisations and the like.
     """
-    operands = operand_storage(model, *inputs).items()
-    weights = sum((s for path, s in operands if is_weight(path)), Storage(0, 0))
-    parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
-    elements = sum(p.size for p in parameters)
-    bits = sum(8 * p.size * p.dtype.itemsize for p in parameters)
-    rest = elements - weights.elements
-    # Kernels are all of one dtype in practice; what is not quantised keeps the mean width.
-    return weights + Storage(rest, round(rest * bits / max(elements, 1)))
+    operands = operand_storage(model, *inputs)
+    kernels: dict[tuple[int, Any], Storage] = {}
+    in_float, quantised = set(), set()
+    for site in layer_sites(model):
+        kernel = getattr(site.layer, "kernel", None)
+        if site.weights in operands:
+            hook: Any = site.installed
+            kernels[id(kernel), hook.weights.quantizer] = operands[site.weights]
+            quantised.add(id(kernel))
+        else:
+            in_float.add(id(kernel))
+    parameters = {id(x): x for _, x in nnx.iter_graph(model) if isinstance(x, nnx.Param)}
+    as_they_are = [
+        Storage(x.size, 8 * x.size * x.dtype.itemsize)
+        for key, x in parameters.items()
+        if key in in_float or key not in quantised
+    ]
+    return sum([*kernels.values(), *as_they_are], Storage(0, 0))

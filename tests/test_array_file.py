@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors.numpy import save_file
 
-from qat_jax.array_file import draft_of, read_arrays, read_names, write_arrays
+from qat_jax.array_file import draft_of, read_arrays, read_metadata, read_names, write_arrays
 
 SUFFIXES = ("safetensors", "npz")
 
@@ -121,3 +122,21 @@ def test_missing_files_and_folders_are_named(suffix, tmp_path):
         read_arrays(tmp_path / f"none.{suffix}", "weights")
     with pytest.raises(FileNotFoundError, match=r"folder .*none does not exist: make it"):
         write_arrays({"a": np.ones(3)}, tmp_path / "none" / f"a.{suffix}")
+
+
+def test_what_cannot_be_read_again_is_not_written(tmp_path):
+    eight_bits = np.ones(4, ml_dtypes.float8_e4m3fn)
+    for suffix in SUFFIXES:
+        with pytest.raises(ValueError, match=r"float8_e4m3fn \(a\): convert it to float32 first"):
+            write_arrays({"a": eight_bits}, tmp_path / f"a.{suffix}")
+    assert not list(tmp_path.iterdir())
+    save_file({"a": eight_bits}, tmp_path / "a.safetensors")  # as others do
+    with pytest.raises(ValueError, match="such as float8: convert the weights to float32"):
+        read_arrays(tmp_path / "a.safetensors", "weights")
+
+
+def test_texts_have_their_place_in_safetensors(tmp_path):
+    write_arrays({"a": np.ones(2)}, tmp_path / "a.safetensors", {"key": "text"})
+    assert read_metadata(tmp_path / "a.safetensors", "weights") == {"key": "text"}
+    with pytest.raises(ValueError, match="npz has no place for metadata"):
+        write_arrays({"a": np.ones(2)}, tmp_path / "a.npz", {"key": "text"})

@@ -188,3 +188,21 @@ def test_a_budget_that_is_met_exactly_is_met():
         allocate_bits(losses, {"a": 7, "b": 7}, 2.9)
     with pytest.raises(ValueError, match="not finite"):
         allocate_bits({"a": {3: float("nan")}}, {"a": 7}, 4)
+
+
+def test_a_choice_that_is_not_there_is_refused():
+    switched = with_switches(qj.quantize_model(RESNET, "octav-w8a8"))
+    for number in (-1, OWN + 1):
+        with pytest.raises(
+            ValueError, match=f"linear/weights has no choice {number}: .* 1 the last"
+        ):
+            list(losses_of(switched, loss, [{"linear/weights": number}], IMAGES))
+
+
+def test_carried_thresholds_are_left_behind():
+    model = qj.quantize_model(RESNET, "octav-w4a4")
+    qj.carry_thresholds(model, IMAGES)
+    model.train()
+    switched = with_switches(model)
+    (found,) = losses_of(switched, loss, [dict.fromkeys(qj.operand_quantizers(model), OWN)], IMAGES)
+    assert np.isfinite(found)

@@ -17,9 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
-
-from qat_jax.array_file import draft_of, read_arrays, read_metadata
+from qat_jax.array_file import read_arrays, read_metadata, write_arrays
 from qat_jax.description import describe, restore
 from qat_jax.granularity import Groups
 from qat_jax.integer.model import Packed, PackedKernel, PackedOp, install_kernel
@@ -51,7 +49,7 @@ def save_packed(model: nnx.Module, path: str | Path) -> None:
     Raises:
       FileNotFoundError: the folder of ``path`` does not exist.
       ValueError: the model is not packed, a quantiser is a class of one's own, a kernel is cut into
-        shards, or ``path`` is a folder.
+        shards, or ``path`` is a folder or ends in `.npz`.
     """
     arrays = {name: np.asarray(variable.get_value()) for name, variable in _others(model)}
     for name, quantizer in operand_quantizers(model).items():
@@ -87,8 +85,7 @@ def save_packed(model: nnx.Module, path: str | Path) -> None:
         if layer.weights or layer.activations
     }
     content = {"version": VERSION, "kernels": kernels, "layers": layers}
-    with draft_of(path) as draft:
-        save_file(arrays, draft, metadata={_KEY: json.dumps(content)})
+    write_arrays(arrays, path, {_KEY: json.dumps(content)})
 
 
 def load_packed(model: nnx.Module, path: str | Path) -> nnx.Module:

@@ -8,7 +8,7 @@ import jax.export
 from flax import nnx
 
 from qat_jax.array_file import draft_of
-from qat_jax.export.any_batch import without_its_size
+from qat_jax.export.tracing import as_function, shape_of, without_the_size
 from qat_jax.nnx import copy_model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -38,19 +38,14 @@ def to_stablehlo(
     if batch_size is None:
         # Sizes are then known to stay below those that counts in 32 bits hold.
         (batch,) = jax.export.symbolic_shape("batch", constraints=[f"batch <= {_LARGEST_BATCH}"])
-    shapes = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs]
+    shapes = [shape_of(x, batch) for x in inputs]
     model = copy_model(model)
     model.eval()
-    graphdef, state = nnx.split(model)
-
-    def forward(*inputs: jax.Array) -> Any:
-        return nnx.merge(graphdef, state)(*inputs)
-
-    with without_its_size(
+    with without_the_size(
         "thresholds of activations that are found in each batch need its size: "
         "freeze them with calibrate, or give batch_size"
     ):
-        return jax.export.export(jax.jit(forward), platforms=PLATFORMS)(*shapes)
+        return jax.export.export(jax.jit(as_function(model)), platforms=PLATFORMS)(*shapes)
 
 
 def save_stablehlo(

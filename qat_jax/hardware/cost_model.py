@@ -11,11 +11,11 @@ from qat_jax.hardware.design import Design
 from qat_jax.hardware.element import block_sizes
 from qat_jax.hardware.unit_costs import AREA_40NM, ENERGY_40NM, UnitCosts
 
-# The blocks whose parameters the published points can tell apart. Three more for energy (buffers,
-# post-processing beside them) fit no better and predict worse; see docs/hardware.md.
+# The blocks whose parameters the published points can tell apart. Buffers beside them fit energies no
+# better and predict worse, as post-processing does areas; see docs/hardware.md.
 AREA_BLOCKS = ("datapath", "scale_product", "weight_buffer", "input_buffer", "fixed")
 ENERGY_BLOCKS = ("datapath", "scale_product", "post_processing", "fixed")
-GATED_BLOCKS = ("datapath", "scale_product")
+GATED_BLOCKS = ("datapath",)  # the product of scales is multiplied to find out that it is zero
 _REFERENCE = Design.from_notation(published.REFERENCE)
 _EXACTLY = 1e4  # weight of the reference in a fit, against 1 of every other point
 
@@ -40,7 +40,12 @@ class CostModel:
           design: the design.
           gated: the share of vector products that are skipped because their scale product is
             zero, in [0, 1]; for energies.
+
+        Raises:
+          ValueError: ``gated`` is no share.
         """
+        if not 0 <= gated <= 1:
+            raise ValueError(f"gated is a share of 0 to 1, not {gated}")
         return self._sum(design, gated) / self._sum(_REFERENCE)
 
     def blocks(self, design: Design, gated: float = 0.0) -> dict[str, float]:

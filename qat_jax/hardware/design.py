@@ -117,6 +117,8 @@ class Design:
         sizes = {self.weights.vector_size, self.activations.vector_size} - {None}
         if len(sizes) > 1:
             raise ValueError(f"vectors of {sorted(filter(None, sizes))} elements cannot be paired")
+        if self.product_bits is not None and self.product_bits < 1:
+            raise ValueError(f"a product of scales keeps 1 bit or more, not {self.product_bits}")
 
     @classmethod
     def of(cls, rule: Rule, product_bits: int | None = None) -> "Design":

@@ -58,12 +58,12 @@ def _product(design: Design, costs: UnitCosts) -> float:
 
 
 def _adder_tree(design: Design, costs: UnitCosts) -> Iterator[float]:
-    """Level by level half as many adders, a bit wider."""
-    adders, bits = design.vector_size // 2, design.widths.product
-    while adders:
+    """Level by level an adder for each pair of terms, a bit wider; an odd one waits."""
+    terms, bits = design.vector_size, design.widths.product
+    while terms > 1:
         bits += 1
-        yield adders * costs.add(bits)
-        adders //= 2
+        yield terms // 2 * costs.add(bits)
+        terms = (terms + 1) // 2
 
 
 def _rescaling(design: Design, costs: UnitCosts) -> float:

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from qat_jax.nnx import layer_sites, operand_codes, operand_quantizers
+from qat_jax.hardware.design import Design
+from qat_jax.nnx import in_all_runs, layer_sites, operand_codes, operand_quantizers
+from qat_jax.policy import Rule
 from qat_jax.quantizer import QTensor, Quantizer
 from qat_jax.scales import IntScale
 
@@ -70,7 +72,8 @@ def scale_pairs(model: nnx.Module, *inputs: Any) -> ScalePairs:
       The counts of all its layers together.
 
     Raises:
-      ValueError: no layer has integer scales, or layers have scales of different bits.
+      ValueError: no layer has integer scales and quantised activations, layers have scales of
+        different bits, or one of them has vectors of different sizes.
     """
     forward = jax.jit(functools.partial(operand_codes, nnx.graphdef(model)))
     codes = forward(nnx.state(model), *inputs)
@@ -78,13 +81,18 @@ def scale_pairs(model: nnx.Module, *inputs: Any) -> ScalePairs:
     found: dict[tuple[int, int], list[np.ndarray]] = {}
     for site in layer_sites(model):
         sides = site.weights, site.activations
-        if _windows(site.layer) and all(side in codes for side in sides):
+        runs = zip(*(in_all_runs(codes, side) for side in sides), strict=False)
+        for weights, activations in runs if _windows(site.layer) else ():
             bits = _scale_bits(quantizers[sides[0]]), _scale_bits(quantizers[sides[1]])
             if any(bits):
-                meetings = _meetings(codes[sides[0]], codes[sides[1]], bits) * _windows(site.layer)
+                Design.of(Rule(site.path, *(quantizers[side] for side in sides)))  # or says why not
+                meetings = _meetings(weights, activations, bits) * _windows(site.layer)
                 found.setdefault(bits, []).append(meetings)
     if not found:
-        raise ValueError("no layer has integer scales: quantise with a notation such as 4/4/4/4")
+        raise ValueError(
+            "no layer has integer scales and quantised activations beside them: quantise with a "
+            "notation such as 4/4/4/4, and give the model from before pack_model"
+        )
     if len(found) > 1:
         raise ValueError(f"layers have integer scales of different bits: {sorted(found)}")
     ((bits, layers),) = found.items()

@@ -81,7 +81,13 @@ class EncoderLayer(nnx.Module):
     """Self-attention and a feed-forward network, each around a shortcut and normalised after it."""
 
     def __init__(
-        self, size: BertSize, *, dropout: float, rngs: nnx.Rngs, dtype: DTypeLike | None = None
+        self,
+        size: BertSize,
+        *,
+        dropout: float,
+        broadcast_dropout: bool,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike | None = None,
     ):
         linear = partial(nnx.Linear, kernel_init=_normal, dtype=dtype, rngs=rngs)
         norm = partial(nnx.LayerNorm, size.hidden, epsilon=_EPSILON, dtype=dtype, rngs=rngs)
@@ -89,6 +95,7 @@ class EncoderLayer(nnx.Module):
             size.heads,
             size.hidden,
             dropout_rate=dropout,
+            broadcast_dropout=broadcast_dropout,
             kernel_init=_normal,
             decode=False,
             dtype=dtype,
@@ -116,6 +123,8 @@ class Bert(nnx.Module):
     Args:
         size: its dimensions.
         dropout: the share of activations that training drops, attention weights included.
+        broadcast_dropout: whether all sequences and heads of a batch lose the same attention
+            weights; False, as BERT was trained, draws many more random numbers.
         pooling: whether there is the layer that makes one vector of a sequence.
         remat: whether training computes the inside of a layer a second time instead of keeping it:
             less memory for a third more time.
@@ -134,6 +143,7 @@ class Bert(nnx.Module):
         size: BertSize,
         *,
         dropout: float = 0.1,
+        broadcast_dropout: bool = False,
         pooling: bool = False,
         remat: bool = False,
         dtype: DTypeLike | None = None,
@@ -141,7 +151,14 @@ class Bert(nnx.Module):
     ):
         self.size = size
         self.remat = remat
-        layer = partial(EncoderLayer, size, dropout=dropout, dtype=dtype, rngs=rngs)
+        layer = partial(
+            EncoderLayer,
+            size,
+            dropout=dropout,
+            broadcast_dropout=broadcast_dropout,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.embeddings = Embeddings(size, dropout=dropout, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([layer() for _ in range(size.layers)])
         if pooling:
@@ -184,7 +201,8 @@ class BertForQuestionAnswering(nnx.Module):
 
     Args:
         size: the encoder's dimensions.
-        dropout: as of `Bert`, and so are the next two.
+        dropout: as of `Bert`, and so are the next three.
+        broadcast_dropout: see there.
         remat: see there.
         dtype: of the computation; the logits are float32.
         rngs: as of `Bert`.
@@ -195,11 +213,19 @@ class BertForQuestionAnswering(nnx.Module):
         size: BertSize,
         *,
         dropout: float = 0.1,
+        broadcast_dropout: bool = False,
         remat: bool = False,
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
-        self.bert = Bert(size, dropout=dropout, remat=remat, dtype=dtype, rngs=rngs)
+        self.bert = Bert(
+            size,
+            dropout=dropout,
+            broadcast_dropout=broadcast_dropout,
+            remat=remat,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.answer = nnx.Linear(size.hidden, 2, kernel_init=_normal, dtype=dtype, rngs=rngs)
 
     def __call__(

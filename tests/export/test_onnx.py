@@ -6,13 +6,14 @@ from flax import nnx
 from jax import lax
 
 import qat_jax as qj
+from qat_jax.integer import integer_model, pack_model
 from qat_jax.models import BertForQuestionAnswering, BertSize
 from tests.export.test_packed_file import INPUTS, net, packed_net, run
 
 onnx = pytest.importorskip("onnx", reason="ONNX needs onnx: pip install 'qat_jax[export]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="likewise onnxruntime")
 
-from qat_jax.export.onnx import save_onnx, to_onnx  # noqa: E402
+from qat_jax.export.onnx import EXACT_SESSION, save_onnx, to_onnx  # noqa: E402
 
 DQ = "DequantizeLinear"
 SMALL_BERT = BertSize(layers=1, hidden=32, heads=2, intermediate=48, vocabulary=20, positions=9)
@@ -20,9 +21,10 @@ TOKENS = jnp.array([[1, 5, 3, 7, 2, 0], [4, 4, 9, 0, 0, 0]])
 
 
 def in_runtime(model, *inputs, **options):
-    """Of an ONNX model, without products that saturate."""
+    """Of an ONNX model, exactly."""
     settings = onnxruntime.SessionOptions()
-    settings.add_session_config_entry("session.x64quantprecision", "1")
+    for name, value in EXACT_SESSION.items():
+        settings.add_session_config_entry(name, value)
     for name, value in options.items():
         setattr(settings, name, value)
     onnx.checker.check_model(model, full_check=True)
@@ -253,3 +255,54 @@ def test_a_model_that_counts_its_batch_needs_a_size():
     with pytest.raises(ValueError, match=r"write x\.shape\[0\], or give batch_size"):
         to_onnx(model, x)
     assert to_onnx(model, x, batch_size=3) is not None
+
+
+def test_the_sign_of_an_activation_is_that_of_all_runs_of_its_layer():
+    class Twice(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.Linear(8, 8, rngs=rngs)
+
+        def __call__(self, x):
+            return self.layer(self.layer(nnx.relu(x)))
+
+    def quantised(signed):
+        activations = qj.Quantizer(qj.Int(8, signed=signed), clipping=qj.AbsMax())
+        weights = qj.Quantizer(qj.Int(8), qj.PerChannel(), qj.AbsMax())
+        return qj.quantize_model(
+            Twice(nnx.Rngs(0)), qj.Policy([qj.Rule(".*", weights, activations)])
+        )
+
+    x = jax.random.normal(jax.random.key(0), (4, 8))
+    found = in_runtime(to_onnx(quantised(None), x), x)
+    np.testing.assert_allclose(found, run(quantised(True), x), atol=2e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_kernels_alone_are_multiplied_exactly(bits):
+    """ONNX Runtime fuses the kernel of tokens and its scales with the product."""
+    x = jax.random.normal(jax.random.key(1), (2, 32, 256)).at[..., 7].mul(30)
+    kernels_alone = qj.Rule(".*", qj.Quantizer(qj.Int(bits), qj.PerChannel(), qj.AbsMax()))
+    model = nnx.Sequential(nnx.Linear(256, 32, rngs=nnx.Rngs(0)))
+    model = qj.quantize_model(model, qj.Policy([kernels_alone]))
+    np.testing.assert_allclose(in_runtime(to_onnx(model, x), x), run(model, x), atol=5e-5)
+
+
+def test_numbers_of_numpys_default_types_are_taken_as_jax_takes_them():
+    x = np.random.default_rng(0).normal(size=(2, 8))
+    model = qj.quantize_model(nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0))), "max-w8a8")
+    found = in_runtime(to_onnx(model, x), x.astype(np.float32))
+    np.testing.assert_allclose(found, run(model, x), atol=2e-5)
+    tokens = np.arange(6).reshape(2, 3)
+    embedding = nnx.Embed(9, 4, rngs=nnx.Rngs(0))
+    found = in_runtime(to_onnx(embedding, tokens), tokens.astype(np.int32))
+    np.testing.assert_array_equal(found, embedding(tokens))
+
+
+def test_what_onnx_cannot_say_is_named():
+    layer = nnx.Sequential(nnx.Linear(32, 8, rngs=nnx.Rngs(0)))
+    x = jnp.ones((2, 32))
+    with pytest.raises(ValueError, match="layers/0/activations: .* IntScale or FloatScale"):
+        to_onnx(qj.quantize_model(layer, "mxint8"), x)
+    packed = pack_model(qj.quantize_model(layer, "octav-w4a4"), x)
+    with pytest.raises(ValueError, match="layers/0 computes in integers.*before integer_model"):
+        to_onnx(integer_model(packed), x)

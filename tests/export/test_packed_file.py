@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -41,6 +42,13 @@ def packed_net(policy):
     return model
 
 
+def reader():
+    spec = importlib.util.spec_from_file_location("read_packed", READER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @nnx.jit
 def run(model, inputs):
     return model(inputs)
@@ -67,10 +75,7 @@ def test_a_file_brings_the_model_back_bit_for_bit(tmp_path, policy):
 def test_numpy_alone_reads_the_same_numbers(tmp_path, policy):
     model = packed_net(policy)
     save_packed(model, tmp_path / "m.safetensors")
-    spec = importlib.util.spec_from_file_location("read_packed", READER)
-    reader = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(reader)
-    found = reader.read(tmp_path / "m.safetensors")
+    found = reader().read(tmp_path / "m.safetensors")
     sites = layer_sites(model)
     assert len(sites) == 4
     for site in sites:
@@ -226,3 +231,42 @@ def test_a_quantiser_of_ones_own_cannot_be_described():
         restore({"type": "Int5"})
     with pytest.raises(ValueError, match="not a Int"):
         restore({"type": "Int", "width": 4})
+
+
+def test_arrays_of_numpy_in_any_order_of_memory(tmp_path):
+    def plain():
+        return nnx.Sequential(
+            nnx.Linear(8, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 4, rngs=nnx.Rngs(1))
+        )
+
+    x = jax.random.normal(jax.random.key(0), (3, 8))
+    model = plain()
+    transposed = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32).T
+    model.layers[0].kernel = nnx.Param(transposed)
+    policy = qj.Policy([qj.Rule("layers/0"), qj.Rule.from_notation(".*", "4/4/4/6")])
+    packed = pack_model(qj.quantize_model(model, policy), x)
+    save_packed(packed, tmp_path / "m.safetensors")
+    loaded = load_packed(plain(), tmp_path / "m.safetensors")
+    np.testing.assert_array_equal(run(loaded, x), run(packed, x))
+    with pytest.raises(ValueError, match="npz has no place for metadata"):
+        save_packed(packed, tmp_path / "m.npz")
+
+
+def test_the_reader_knows_bfloat16_and_every_name(tmp_path):
+    class Net(nnx.Module):
+        def __init__(self):
+            half = {"param_dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
+            self.attention_weights = nnx.Linear(8, 4, **half)
+
+        def __call__(self, x):
+            return self.attention_weights(x)
+
+    x = jnp.ones((2, 8), jnp.bfloat16)
+    weights = qj.Quantizer(qj.Int(4), qj.PerVector(4), qj.AbsMax(), scale=qj.FloatScale("bfloat16"))
+    model = qj.quantize_model(Net(), qj.Policy([qj.Rule(".*", weights)]))
+    model.attention_weights.bias[...] = jnp.arange(4, dtype=jnp.bfloat16) / 7
+    save_packed(pack_model(model, x), tmp_path / "m.safetensors")
+    found = reader().read(tmp_path / "m.safetensors")
+    assert set(found) == {"attention_weights/kernel", "attention_weights/bias"}
+    expected = jax.tree.map(np.float32, model.attention_weights.bias[...])
+    np.testing.assert_array_equal(found["attention_weights/bias"], expected)

@@ -100,3 +100,13 @@ def test_published_points_are_the_papers(shared_data):
         assert costs.register == unit["register_per_bit"][key]
         assert costs.shifter == unit["shifter_32b"][key]
         assert costs.comparator == unit["comparator_32b"][key]
+
+
+def test_what_is_skipped_is_a_share():
+    design = Design.from_notation("4/4/4/4")
+    energy = hardware.energy_model()
+    blocks, skipped = energy.blocks(design), energy.blocks(design, 1.0)
+    # The product of scales has been multiplied by then.
+    assert skipped == blocks | {"datapath": 0.0}
+    with pytest.raises(ValueError, match="gated is a share of 0 to 1, not 2"):
+        energy(design, 2)

@@ -2,6 +2,7 @@ import pytest
 
 import qat_jax as qj
 from qat_jax.hardware import AREA_40NM, BLOCKS, Design, Operand, Widths, block_sizes
+from qat_jax.hardware.element import _adder_tree
 
 
 def test_widths_by_hand():
@@ -61,3 +62,23 @@ def test_what_it_cannot_multiply_is_refused():
         Design.of(qj.Rule(".*", weights, activations))
     with pytest.raises(ValueError, match="must quantise weights and activations"):
         Design.of(qj.Rule(".*", weights, None))
+
+
+@pytest.mark.parametrize("size", [*range(1, 20), 31, 32, 33, 255])
+def test_a_tree_has_an_adder_less_than_terms(size):
+    class Ones:
+        """Each adder costs 1."""
+
+        def add(self, bits):
+            return 1
+
+    rule = qj.Rule.from_notation(".*", "4/4/4/4", vector_size=size)
+    levels = list(_adder_tree(Design.of(rule), Ones()))
+    assert sum(levels) == size - 1
+    assert len(levels) == Design.of(rule).widths.dot - 8
+
+
+@pytest.mark.parametrize("bits", [0, -3])
+def test_a_product_of_no_bits_is_refused(bits):
+    with pytest.raises(ValueError, match=f"keeps 1 bit or more, not {bits}"):
+        Design.from_notation("4/4/4/4", bits)

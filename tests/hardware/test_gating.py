@@ -8,6 +8,7 @@ from flax import nnx
 
 import qat_jax as qj
 from qat_jax.hardware import ScalePairs, pareto_front, scale_pairs
+from qat_jax.integer import pack_model
 
 
 def rounds_to_zero(product, bits, kept):
@@ -87,3 +88,27 @@ def test_a_pareto_front_is_what_nothing_beats():
         for c, v in points
         if not any(oc <= c and ov >= v and (oc, ov) != (c, v) for oc, ov in points)
     }
+
+
+def test_every_run_of_a_layer_counts():
+    class Twice(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.layer(self.layer(x))
+
+    model = qj.quantize_model(Twice(), qj.Policy.from_notation("4/4/4/4"))
+    assert scale_pairs(model, jnp.ones((4, 16))).counts.sum() == pytest.approx(2 * 4 * 16 * 16)
+
+
+def test_what_cannot_be_paired_is_named():
+    layer = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
+    x = jnp.ones((4, 16))
+    packed = pack_model(qj.quantize_model(layer, qj.Policy.from_notation("4/4/4/4")), x)
+    with pytest.raises(ValueError, match="give the model from before pack_model"):
+        scale_pairs(packed, x)
+    small, large = (qj.Rule.from_notation(".*", "4/4/4/4", vector_size=n) for n in (8, 16))
+    mixed = qj.Policy([qj.Rule(".*", small.weights, large.activations)])
+    with pytest.raises(ValueError, match=r"vectors of \[8, 16\] elements cannot be paired"):
+        scale_pairs(qj.quantize_model(layer, mixed), x)

@@ -12,6 +12,7 @@ from qat_jax.integer import Datapath, Packed, integer_model, pack_model
 from qat_jax.models import BertForQuestionAnswering, BertSize
 from qat_jax.models.mobilenet_v1 import SeparableBlock
 from qat_jax.models.resnet_cifar import BasicBlock
+from qat_jax.storage import Storage
 
 SMALL_BERT = BertSize(layers=1, hidden=32, heads=2, intermediate=48, vocabulary=20, positions=9)
 
@@ -255,3 +256,25 @@ def test_the_result_has_the_dtype_that_the_layer_prefers():
     found = run(integer_model(pack_model(model, FEATURES)), FEATURES)
     assert found.dtype == expected.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, atol=1e-2)
+
+
+def test_packing_changes_nothing_of_the_storage():
+    layer = nnx.Sequential(nnx.Linear(8, 6, rngs=nnx.Rngs(0)))
+    model = qj.quantize_model(layer, qj.Policy.from_notation("4/4/4/6"))
+    packed = pack_model(model, FEATURES)
+    expected = qj.model_storage(model, FEATURES)
+    assert expected == Storage(48 + 6, 48 * 4 + 6 * 32, 6 * 4, 6 * 32)
+    for other in (packed, integer_model(packed)):
+        assert qj.model_storage(other, FEATURES) == expected
+    assert qj.operand_storage(packed, FEATURES) == qj.operand_storage(model, FEATURES)
+
+
+def test_a_shared_kernel_is_stored_once_for_each_way_to_quantise_it():
+    one, other = (qj.Quantizer(qj.Int(bits)) for bits in (4, 8))
+    shared = qj.quantize_model(Tied(nnx.Rngs(0)), qj.Policy([qj.Rule(".*", one)]))
+    assert qj.model_storage(shared, FEATURES).code_bits == 64 * 4 + 16 * 32
+    two_ways = qj.Policy([qj.Rule("first", one), qj.Rule("second", other)])
+    twice = qj.quantize_model(Tied(nnx.Rngs(0)), two_ways)
+    assert qj.model_storage(twice, FEATURES).code_bits == 64 * (4 + 8) + 16 * 32
+    once_in_float = qj.quantize_model(Tied(nnx.Rngs(0)), qj.Policy([qj.Rule("first", one)]))
+    assert qj.model_storage(once_in_float, FEATURES).code_bits == 64 * (4 + 32) + 16 * 32

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.nnx.nn.attention import dot_product_attention_weights
 from safetensors.numpy import load_file, save_file
 
 import qat_jax as qj
@@ -65,6 +66,26 @@ def test_dropout_is_of_training_alone():
     assert not np.allclose(model(TOKENS), model(TOKENS))
     model.eval()
     np.testing.assert_array_equal(model(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_each_sequence_and_head_loses_other_attention_weights(broadcast):
+    size = dataclasses.replace(SMALL, layers=1)
+    model = Bert(size, dropout=0.5, broadcast_dropout=broadcast, rngs=nnx.Rngs(0))
+    model.train()
+    dropped = []
+
+    def attend(query, key, value, *, module, **options):
+        weights = dot_product_attention_weights(query, key, **options)
+        dropped.append(np.asarray(weights == 0))
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+    model.layers[0].attention.attention_fn = attend
+    model(TOKENS)
+    (masks,) = dropped
+    assert 0.3 < masks.mean() < 0.7
+    masks = masks.reshape(-1, *masks.shape[2:])
+    assert len(np.unique(masks, axis=0)) == (1 if broadcast else len(masks))
 
 
 def test_remat_changes_only_the_memory():

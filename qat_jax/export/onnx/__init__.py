@@ -5,6 +5,6 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("ONNX export needs onnx: pip install 'qat_jax[export]'") from error
 
-from qat_jax.export.onnx.model import save_onnx, to_onnx
+from qat_jax.export.onnx.model import EXACT_SESSION, save_onnx, to_onnx
 
-__all__ = ["save_onnx", "to_onnx"]
+__all__ = ["EXACT_SESSION", "save_onnx", "to_onnx"]

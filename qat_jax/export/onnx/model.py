@@ -11,12 +11,18 @@ from onnx.checker import MAXIMUM_PROTOBUF, ValidationError
 from onnx.shape_inference import InferenceError
 
 from qat_jax.array_file import draft_of
-from qat_jax.export.any_batch import without_its_size
 from qat_jax.export.onnx.graph import Graph
 from qat_jax.export.onnx.primitives import translate
 from qat_jax.export.onnx.quantizers import traced_model
+from qat_jax.export.tracing import as_function, shape_of, without_the_size
 from qat_jax.integer import pack_model
 from qat_jax.nnx import copy_model, is_weight, operand_quantizers
+
+# Options of ONNX Runtime's sessions: no products that saturate, no further rounding.
+EXACT_SESSION = {
+    "session.x64quantprecision": "1",
+    "session.qdq_matmulnbits_accuracy_level": "1",
+}
 
 
 def to_onnx(model: nnx.Module, *inputs: Any, batch_size: int | None = None) -> onnx.ModelProto:
@@ -27,10 +33,12 @@ def to_onnx(model: nnx.Module, *inputs: Any, batch_size: int | None = None) -> o
     passes a QuantizeLinear and a DequantizeLinear. Thresholds are those of the model, frozen or
     found in each batch: maxima are, other searches have no place in a graph.
 
-    Where a format takes its sign from the data, the sign is that of these inputs.
+    Where a format takes its sign from the data, the sign is that of these inputs, in all runs of a
+    layer: one that runs both with and without negative numbers is computed with signs.
 
-    On x86 processors without VNNI, ONNX Runtime's products of 8-bit codes saturate: there set the
-    session's option ``session.x64quantprecision`` to ``"1"`` with ``add_session_config_entry``.
+    ONNX Runtime is not exact unless told: on x86 processors without VNNI its products of 8-bit
+    codes saturate, and activations that meet kernels of 4 or 8 bits are rounded to 8 bits again.
+    Set the session's options of `EXACT_SESSION` with ``add_session_config_entry``.
 
     Quantisers compute in float32 in a model of half precision too. ONNX's opset 21 has no
     convolutions and pooling in bfloat16, and ONNX Runtime hardly anything for processors: for it
@@ -60,13 +68,13 @@ def to_onnx(model: nnx.Module, *inputs: Any, batch_size: int | None = None) -> o
         model = pack_model(model, *inputs)
     model = copy_model(model)
     model.eval()
-    graphdef, state = nnx.split(traced_model(model, *inputs))
+    model = traced_model(model, *inputs)
     batch: Any = batch_size
     if batch_size is None:
         (batch,) = jax.export.symbolic_shape("batch")
-    shapes = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs]
-    trace = jax.make_jaxpr(lambda *inputs: nnx.merge(graphdef, state)(*inputs), return_shape=True)
-    with without_its_size(
+    shapes = [shape_of(x, batch) for x in inputs]
+    trace = jax.make_jaxpr(as_function(model), return_shape=True)
+    with without_the_size(
         "thresholds of activations that are searched for in each batch have no place in ONNX: "
         "freeze them with calibrate"
     ):
@@ -85,7 +93,7 @@ def save_onnx(
 ) -> None:
     """Write `to_onnx` of a model to a file.
 
-    See there for the option without which ONNX Runtime's 8-bit products may saturate.
+    See there for the options without which ONNX Runtime is not exact.
 
     Args:
       model: as for `to_onnx`.
@@ -108,7 +116,6 @@ def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         onnx.checker.check_model(model, full_check=True)
     except (ValidationError, InferenceError) as error:
-        raise ValueError(
-            f"ONNX's checker refuses the graph, {error}: build the model with dtype=jnp.float32"
-        ) from error
+        mend = "build the model with dtype=jnp.float32, and give it inputs of float32 or int32"
+        raise ValueError(f"ONNX's checker refuses the graph, {error}: {mend}") from error
     return model

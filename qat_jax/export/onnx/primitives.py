@@ -41,7 +41,15 @@ def translate(graph: Graph, program: ClosedJaxpr, inputs: Sequence[Tensor]) -> l
     Raises:
       ValueError: it holds something that has no rule here.
     """
-    return _translate(graph, program.jaxpr, [np.asarray(x) for x in program.consts], inputs)
+    return _translate(graph, program.jaxpr, _consts(program), inputs)
+
+
+def _consts(program: ClosedJaxpr) -> list[Any]:
+    """A program's constants; keys of random numbers, which nothing here uses, are no arrays."""
+    return [
+        x if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
+        for x in program.consts
+    ]
 
 
 def _translate(
@@ -66,8 +74,7 @@ def _equation(graph: Graph, equation: JaxprEqn, operands: list[Any]) -> list[Any
     if called is not None:
         if name == "cond":
             operands = operands[1:]  # which branch
-        consts = [np.asarray(x) for x in called.consts]
-        return _translate(graph, called.jaxpr, consts, operands)
+        return _translate(graph, called.jaxpr, _consts(called), operands)
     if all(isinstance(x, np.ndarray) for x in operands) and _constant(equation):
         return _computed(equation.primitive, operands, params)
     if name not in _RULES:
@@ -89,7 +96,10 @@ def _equation(graph: Graph, equation: JaxprEqn, operands: list[Any]) -> list[Any
     return [_RULES[name](graph, *operands, **params)]
 
 
-_CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat")
+_CALLS = (
+    *("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"),
+    *("checkpoint", "remat", "remat2"),  # by version
+)
 
 
 def _called(equation: JaxprEqn) -> ClosedJaxpr | None:
@@ -110,8 +120,8 @@ _SEARCHES = ("while", "scan", "reduce", "sort")  # what finds thresholds other t
 def _missing(name: str) -> str:
     if name in _SEARCHES:
         return (
-            f"ONNX export has no {name}, of which a search for thresholds in each batch is made: "
-            "freeze them with calibrate, or use AbsMax"
+            f"ONNX export has no {name}. If it is a search for thresholds in each batch, freeze "
+            "them with calibrate or use AbsMax; of the model itself, write it without"
         )
     return f"ONNX export has no rule for JAX's {name}: add one to {__name__}"
 

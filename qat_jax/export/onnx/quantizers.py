@@ -21,17 +21,19 @@ from qat_jax.export.onnx.graph import Graph, Tensor, element_type
 from qat_jax.export.onnx.kernels import StoredKernel, code_dtype
 from qat_jax.formats import Int
 from qat_jax.granularity import ChannelAxis, Groups, PerShard, VectorAxis
-from qat_jax.integer.model import PackedOp, with_kernel
+from qat_jax.integer.model import IntegerAttention, IntegerOp, PackedOp, with_kernel
 from qat_jax.integer.packed import unpack
 from qat_jax.nnx import (
     OperandQuantizer,
     QuantizedAttention,
     copy_model,
+    in_all_runs,
     layer_sites,
     operand_codes,
     operand_quantizers,
 )
 from qat_jax.quantizer import Quantizer
+from qat_jax.scales import E8M0
 
 quantize_dequantize_p = Primitive("quantize_dequantize")
 quantize_dequantize_p.def_abstract_eval(lambda x, code_step, step, **_: x)
@@ -70,6 +72,11 @@ class TracedQuantizer:
             raise ValueError(
                 f"{path}: ONNX has pairs for integers, and none for shards of a batch: quantise "
                 "with Int, granularity PerTensor or PerVector"
+            )
+        if isinstance(quantizer.scale, E8M0) and operand.threshold is None:
+            raise ValueError(
+                f"{path}: ONNX computes no powers of two from an activation: freeze them with "
+                "calibrate, or quantise activations with IntScale or FloatScale"
             )
         if quantizer.format.signed is None:
             format = dataclasses.replace(quantizer.format, signed=negative)
@@ -234,11 +241,16 @@ def traced_model(model: nnx.Module, *inputs: Any) -> nnx.Module:
         if operand is None:
             return None
         path = paths[id(operand)]
-        negative = path in codes and bool((codes[path].codes < 0).any())  # it may never run
+        negative = any((run.codes < 0).any() for run in in_all_runs(codes, path))
         return TracedQuantizer.of(operand, path, negative=negative)
 
     for site in layer_sites(model):
         match site.installed:
+            case IntegerOp() | IntegerAttention():
+                raise ValueError(
+                    f"{site.path} computes in integers, which ONNX says with pairs around floats: "
+                    "give the packed model, from before integer_model"
+                )
             case PackedOp() as op:
                 packed = op.weights.packed
                 kernel = StoredKernel.of(unpack(packed), packed.format)
