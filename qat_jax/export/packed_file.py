@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
 from qat_jax.array_file import read_arrays, read_metadata, write_arrays
 from qat_jax.description import describe, restore
 from qat_jax.granularity import Groups

@@ -11,8 +11,8 @@ from qat_jax.hardware.design import Design
 from qat_jax.hardware.element import block_sizes
 from qat_jax.hardware.unit_costs import AREA_40NM, ENERGY_40NM, UnitCosts
 
-# The blocks whose parameters the published points can tell apart. Buffers beside them fit energies no
-# better and predict worse, as post-processing does areas; see docs/hardware.md.
+# The blocks whose parameters the published points can tell apart. Buffers beside them fit energies
+# no better and predict worse; see docs/hardware.md.
 AREA_BLOCKS = ("datapath", "scale_product", "weight_buffer", "input_buffer", "fixed")
 ENERGY_BLOCKS = ("datapath", "scale_product", "post_processing", "fixed")
 GATED_BLOCKS = ("datapath",)  # the product of scales is multiplied to find out that it is zero

@@ -301,8 +301,8 @@ def test_numbers_of_numpys_default_types_are_taken_as_jax_takes_them():
 def test_what_onnx_cannot_say_is_named():
     layer = nnx.Sequential(nnx.Linear(32, 8, rngs=nnx.Rngs(0)))
     x = jnp.ones((2, 32))
-    with pytest.raises(ValueError, match="layers/0/activations: .* IntScale or FloatScale"):
+    with pytest.raises(ValueError, match=r"layers/0/activations: .* IntScale or FloatScale"):
         to_onnx(qj.quantize_model(layer, "mxint8"), x)
     packed = pack_model(qj.quantize_model(layer, "octav-w4a4"), x)
-    with pytest.raises(ValueError, match="layers/0 computes in integers.*before integer_model"):
+    with pytest.raises(ValueError, match=r"layers/0 computes in integers.*before integer_model"):
         to_onnx(integer_model(packed), x)
