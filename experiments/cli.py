@@ -106,7 +106,7 @@ def guarded(work: Callable[[], int]) -> int:
         return work()
     except (UsageError, WorkdirError, CheckpointError) as error:
         return fail(error, WRONG_USAGE)
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, DataError) as error:
         return fail(error, FAILED)
     except Interrupted as error:
         return fail(error, SIGNAL_BASE + error.signal_number)

@@ -69,6 +69,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         WorkdirError: the folder holds something else; nothing is written.
         CheckpointError: the folder's checkpoint is of another model; nothing is written.
         NonFiniteLossError: training diverged.
+        DataError: data cannot be read; the state is saved.
         Interrupted: a signal came; the state is saved.
     """
     started = time.monotonic()

@@ -1,6 +1,7 @@
 import pytest
 
 from experiments import cli
+from qat_jax.data import DataError
 from qat_jax.training.checkpoint import CheckpointError
 from qat_jax.training.loop import Interrupted, NonFiniteLossError
 from qat_jax.training.workdir import WorkdirError
@@ -75,6 +76,7 @@ def test_wrong_usage_ends_in_one_line_before_anything_runs(arguments, message, c
         (WorkdirError("other"), 2),
         (CheckpointError("foreign"), 2),
         (NonFiniteLossError("nan"), 1),
+        (DataError("torn"), 1),
         (Interrupted(15, 3), 143),
         (KeyboardInterrupt(), 130),
     ],
