@@ -71,7 +71,7 @@ class Checkpoints:
             )
 
     def restore(self, like: TrainState) -> tuple[TrainState, float] | None:
-        """Reads the newest checkpoint that is whole; nothing on the disk is changed.
+        """Reads the newest checkpoint that is whole; damaged ones stay until something is saved.
 
         Args:
             like: a state of the same model and optimiser; its shapes, dtypes and shardings are
