@@ -106,7 +106,7 @@ def guarded(work: Callable[[], int]) -> int:
         return work()
     except (UsageError, WorkdirError, CheckpointError) as error:
         return fail(error, WRONG_USAGE)
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, DataError) as error:
         return fail(error, FAILED)
     except Interrupted as error:
         return fail(error, SIGNAL_BASE + error.signal_number)
@@ -199,20 +199,25 @@ def finished(folder: Workdir, settings: dict[str, Any]) -> dict[str, Any] | None
 def once(*sections: str) -> Callable[[Run], Run]:
     """Decorates a main's `run`: a folder that is finished is not run again, its result returned.
 
+    The folder is locked while there is work to do.
+
     Args:
         *sections: what a config of this main has.
 
     Raises:
         UsageError: the config is another main's.
-        WorkdirError: the folder holds something else.
+        WorkdirError: the folder holds something else, or another process works in it.
     """
 
     def decorate(run: Run) -> Run:
         @functools.wraps(run)
         def unless_finished(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             require(config, *sections)
-            result = finished(Workdir(workdir), config.to_dict())
-            return run(config, workdir) if result is None else result
+            folder = Workdir(workdir)
+            if (result := finished(folder, config.to_dict())) is not None:
+                return result
+            with folder.locked():
+                return run(config, workdir)
 
         return unless_finished
 

@@ -72,6 +72,13 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if (result := cli.finished(folder, settings)) is not None:
         show(result["metrics"], workdir)
         return result
+    with folder.locked():
+        return train_and_draw(config, folder)
+
+
+def train_and_draw(config: ConfigDict, folder: Workdir) -> dict[str, Any]:
+    """Does the work of `run` in a folder that is this run's alone, not finished."""
+    settings, workdir = config.to_dict(), folder.path
     float_cell = _float_cell(config)
 
     # Train
@@ -272,15 +279,12 @@ def _layer(model: Any, path: str) -> Any:
 @contextlib.contextmanager
 def _begun(folder: Workdir, settings: Mapping[str, Any]) -> Iterator[None]:
     """Makes the folder this experiment's, unless its runs turn out to be impossible."""
-    existed = folder.path.exists()
     folder.begin(settings)
     try:
         yield
     except cli.UsageError:
-        if list(folder.path.iterdir()) == [folder.config_path]:
+        if set(folder.path.iterdir()) == {folder.config_path, folder.lock_path}:
             folder.config_path.unlink()
-            if not existed:
-                folder.path.rmdir()
         raise
 
 

@@ -121,21 +121,23 @@ def run(sweep: Sweep, launcher: Launcher) -> dict[str, str]:
 
     Raises:
         cli.UsageError: a cell's command is wrong; nothing is written.
-        WorkdirError: a folder holds something else; nothing is written.
+        WorkdirError: a folder holds something else, or another process sweeps in it; nothing is
+            written.
         KeyboardInterrupt: the runs were told to save and have ended.
     """
     started = time.monotonic()
     waiting = [cell for cell in sweep.cells if not is_finished(sweep, cell)]
     folder = Workdir(sweep.workdir)
     _check_folder(folder)
-    if waiting:
-        folder.begin(sweep.settings())
-        folder.result_path.unlink(missing_ok=True)  # of fewer cells
-    failed = _run_all(sweep, waiting, launcher)
-    rows = gather(sweep)
-    show(sweep, rows)
-    if waiting and not failed:
-        folder.finish(sweep.settings(), {"rows": rows}, wall_seconds=time.monotonic() - started)
+    with folder.locked():
+        if waiting:
+            folder.begin(sweep.settings())
+            folder.result_path.unlink(missing_ok=True)  # of fewer cells
+        failed = _run_all(sweep, waiting, launcher)
+        rows = gather(sweep)
+        show(sweep, rows)
+        if waiting and not failed:
+            folder.finish(sweep.settings(), {"rows": rows}, wall_seconds=time.monotonic() - started)
     return failed
 
 
@@ -304,7 +306,7 @@ def _check_folder(folder: Workdir) -> None:
         return
     if folder.path.is_dir():
         ours = folder.config_path.exists() and folder.settings().get("experiment") == "sweep"
-        if ours or not any(folder.path.iterdir()):
+        if ours or folder.is_empty():
             return
     raise cli.UsageError(
         f"{folder.path} holds something else than a sweep: choose another --workdir"

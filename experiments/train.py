@@ -66,9 +66,11 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     Raises:
         cli.UsageError: the config asks for something that cannot be; nothing is written.
-        WorkdirError: the folder holds something else; nothing is written.
+        WorkdirError: the folder holds something else, or another process trains in it; nothing is
+            written.
         CheckpointError: the folder's checkpoint is of another model; nothing is written.
         NonFiniteLossError: training diverged.
+        DataError: data cannot be read; the state is saved.
         Interrupted: a signal came; the state is saved.
     """
     started = time.monotonic()
@@ -79,8 +81,23 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     folder = Workdir(workdir, writes=hosts.is_first())
     if (result := cli.finished(folder, settings)) is not None:
         return result
-    hosts.wait_for_all("everyone has seen what the folder holds")
+    with folder.locked():
+        hosts.wait_for_all("everyone has seen what the folder holds")
+        return train(config, folder, started)
 
+
+def train(config: ConfigDict, folder: Workdir, started: float) -> dict[str, Any]:
+    """Trains in a folder that is this run's alone; see `run`.
+
+    Args:
+        config: see `configs/`.
+        folder: not finished.
+        started: when the command began, by the monotonic clock.
+
+    Returns:
+        The content of result.json.
+    """
+    settings, workdir = config.to_dict(), folder.path
     with cli.setup_errors():
         # Devices
         devices = Placement.over_all_devices(config.fsdp)
@@ -219,9 +236,15 @@ def join_hosts(config: ConfigDict) -> None:
     """Meets the other processes of the run, if the config says that there are some.
 
     Raises:
-        ValueError: they cannot be found.
+        ValueError: they cannot be found, or are described without being asked for.
     """
-    if config.join:
+    if not config.join:
+        given = [key for key in ("coordinator", "processes", "index") if config[key] is not None]
+        if given:
+            raise ValueError(
+                f"hosts.{given[0]} means nothing without hosts.join: pass --config.hosts.join"
+            )
+    else:
         hosts.join(config.coordinator, config.processes, config.index)
         if not hosts.is_first():
             cli.speak_only_of_errors()

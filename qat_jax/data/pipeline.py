@@ -7,7 +7,11 @@ device; the jitted step normalises them.
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -16,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from qat_jax.data.bucketing import Bucketing
+from qat_jax.data.prepare import DataError
 
 Example = dict[str, Any]
 Batch = dict[str, np.ndarray]
@@ -130,6 +135,7 @@ def train_batches(
     Raises:
       ValueError: an empty source, a batch that does not divide into the shards, or bucketing of
         other things than sequences.
+      DataError: from the iterator: an example cannot be read.
 
     Example:
       >>> examples = [{"image": np.full((1, 1, 1), i, np.uint8), "label": i} for i in range(4)]
@@ -147,9 +153,7 @@ def train_batches(
     read = _ReadTraining(source, order, part, tuple(fields), augment, bucketing, seed)
     batches = steps.map(read)
     batches = batches.to_iter_dataset(_read_options(num_threads))
-    if num_workers:
-        batches = _in_workers(batches, num_workers)
-    return iter(batches)
+    return _in_workers(batches, num_workers) if num_workers else iter(batches)
 
 
 def eval_batches(
@@ -303,7 +307,10 @@ def _read_examples(
     source: RandomAccessSource | Sequence[Example], indices: list[int]
 ) -> Sequence[Example]:
     read_many = getattr(source, "__getitems__", None)
-    return [source[index] for index in indices] if read_many is None else read_many(indices)
+    try:
+        return [source[index] for index in indices] if read_many is None else read_many(indices)
+    except (OSError, RuntimeError) as error:  # RuntimeError is what damaged array_records raise.
+        raise DataError(f"cannot read the data ({error}): get a fresh copy of it") from error
 
 
 def _generator(seed: int, position: int) -> np.random.Generator:
@@ -317,12 +324,39 @@ def _read_options(num_threads: int) -> grain.ReadOptions:
     )
 
 
-def _in_workers(batches: Any, num_workers: int) -> Any:
+def _in_workers(batches: Any, num_workers: int) -> Iterator[Batch]:
     # Grain looks at flags of its own here, which a program without absl's app.run never parses.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
-    return batches.mp_prefetch(options).map(_own_memory)
+    read = iter(batches.mp_prefetch(options, _live_as_long_as_the_run).map(_own_memory))
+    try:
+        yield from read
+    except RuntimeError as error:
+        if "process was terminated" not in str(error):
+            raise
+        raise DataError(
+            "a process that reads was ended from outside: lower dataset.num_workers if it was "
+            "for want of memory"
+        ) from error
+    finally:
+        read.close()
+
+
+def _live_as_long_as_the_run(index: int, count: int) -> None:
+    """Leaves signals to the process that trains, which may want batches before it stops.
+
+    Terminals and clusters send them to all processes.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    trains = multiprocessing.parent_process()
+    threading.Thread(target=_end_with, args=(trains,), daemon=True).start()
+
+
+def _end_with(process: Any) -> None:
+    process.join()
+    os._exit(1)
 
 
 def _own_memory(batch: Batch) -> Batch:

@@ -3,6 +3,7 @@
 A checkpoint appears atomically: a run that dies while writing one goes on from the one before.
 """
 
+import itertools
 import logging
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from qat_jax.training import hosts
 from qat_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class Checkpoints:
         self._directory = directory.absolute()
         self._keep = keep
         self._checkpointer: ocp.training.Checkpointer | None = None
+        self._damaged: list[int] = []
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -48,20 +51,27 @@ class Checkpoints:
     def save(self, state: TrainState, *, seconds: float) -> None:
         """Writes `state` under its step and removes the oldest beyond `keep`.
 
+        What `restore` passed over as damaged is first renamed to `damaged-STEP-1` and so on.
+
         Args:
             state: the state after `state.step` updates.
             seconds: time the run has taken so far, over all its parts.
+
+        Raises:
+            CheckpointError: the folder holds a later step, which somebody else has written.
         """
+        self._set_damaged_aside()
+        checkpointer, step = self._open(), int(state.step)
         # Synchronous: the next step donates these very buffers.
-        self._open().save(
-            int(state.step),
-            state,
-            overwrite=True,
-            custom_metadata={"seconds": seconds},
-        )
+        saved = checkpointer.save(step, state, overwrite=True, custom_metadata={"seconds": seconds})
+        if not saved:
+            raise CheckpointError(
+                f"step {step} cannot be saved in {self._directory}, which holds a later one: "
+                "move what is later out of that folder"
+            )
 
     def restore(self, like: TrainState) -> tuple[TrainState, float] | None:
-        """Reads the newest checkpoint that is whole.
+        """Reads the newest checkpoint that is whole; damaged ones stay until something is saved.
 
         Args:
             like: a state of the same model and optimiser; its shapes, dtypes and shardings are
@@ -82,6 +92,7 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
         )
+        self._damaged = []
         for step in reversed(steps):
             try:
                 metadata = checkpointer.metadata(step)
@@ -93,6 +104,7 @@ class Checkpoints:
                 raise
             except Exception as error:  # Orbax raises many kinds for a damaged folder.
                 logger.warning("checkpoint %d is damaged, trying an older one: %s", step, error)
+                self._damaged.append(step)
                 continue
             return state, float((metadata.custom_metadata or {}).get("seconds", 0.0))
         raise CheckpointError(
@@ -108,6 +120,20 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
             )
         return self._checkpointer
+
+    def _set_damaged_aside(self) -> None:
+        """Orbax saves no step below the newest that it finds, damaged or not."""
+        if not self._damaged:
+            return
+        if hosts.is_first():
+            for step in self._damaged:
+                names = (self._directory / f"damaged-{step}-{n}" for n in itertools.count(1))
+                aside = next(path for path in names if not path.exists())
+                (self._directory / str(step)).rename(aside)
+                logger.warning("checkpoint %d, which is damaged, is now %s", step, aside)
+        hosts.wait_for_all("damaged checkpoints are set aside")
+        self._open().reload()
+        self._damaged = []
 
     def _check_same_tree(self, saved: Any, expected: Any, step: int) -> None:
         difference = _first_difference(_signature(saved), _signature(expected))

@@ -46,13 +46,18 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def is_alone() -> bool:
+    """Whether this process is the whole run."""
+    return jax.process_count() == 1
+
+
 def wait_for_all(name: str) -> None:
     """Go on when every process has come here.
 
     Args:
         name: of the place, the same for all.
     """
-    if jax.process_count() > 1:
+    if not is_alone():
         multihost_utils.sync_global_devices(name)
 
 
@@ -72,7 +77,7 @@ class Largest:
 
     def __call__(self, number: int) -> int:
         """The largest number that any process came with, 0 before there is an answer."""
-        if jax.process_count() == 1:
+        if is_alone():
             return number
         before = self._asked
         mine = np.full(jax.local_device_count(), number, np.int32)

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+from qat_jax.data import DataError
+from qat_jax.training import hosts
 from qat_jax.training.checkpoint import Checkpoints
 from qat_jax.training.compilation import PerShape
 from qat_jax.training.evaluation import HostBatch, Metrics, summary
@@ -44,9 +46,8 @@ class Interrupted(Exception):  # noqa: N818 - an interruption is not an error
 
     def __init__(self, signal_number: int, step: int):
         name = signal.Signals(signal_number).name
-        what = "which is saved" if step else "before the first was done"
         super().__init__(
-            f"stopped by {name} at step {step}, {what}: run the same command again to go on"
+            f"stopped by {name} at {_saved(step)}: run the same command again to go on"
         )
         self.signal_number = signal_number
 
@@ -120,6 +121,8 @@ def fit(
     Raises:
         NonFiniteLossError: the loss of a step is NaN or infinite.
         Interrupted: SIGINT or SIGTERM came to any process; the state is saved first.
+        DataError: training data cannot be read; the state is saved first, unless there are other
+            processes.
     """
     started = time.monotonic() - seconds_before
     step = int(state.step)
@@ -145,6 +148,12 @@ def fit(
             checkpoints.save(state, seconds=time.monotonic() - started)
             return step
 
+        def save_what_is_new() -> None:
+            if previous is not None:
+                check(*previous)
+                if saved_step != step:
+                    save()
+
         def check(step: int, metrics: dict[str, Any]) -> None:
             _check_finite(step, metrics, operands, checkpointed=saved_step)
 
@@ -154,7 +163,21 @@ def fit(
         if hasattr(batches, "close"):  # Grain's iterators stop their reading threads.
             stack.callback(batches.close)
         while step < plan.total and not (stopped_by := asked_to_stop(stop.signal_number or 0)):
-            batch = devices.shard_batch(next(batches))
+            try:
+                host_batch = next(batches)
+            except Exception as error:
+                if not hosts.is_alone():  # Saving needs the others, who wait for this batch.
+                    raise
+                # A signal to all processes of a group may have ended those that read.
+                if stopped_by := stop.signal_number or 0:
+                    break
+                if not isinstance(error, DataError):
+                    raise
+                save_what_is_new()
+                raise DataError(
+                    f"{error}; stopped at {_saved(step)}: run the same command again to go on"
+                ) from error
+            batch = devices.shard_batch(host_batch)
             tracer.before_step()
             state, metrics = compiled(state, batch)
             step += 1
@@ -183,15 +206,16 @@ def fit(
                 saved_step = save()
 
         if stopped_by and step < plan.total:
-            if previous is not None:
-                check(*previous)
-                if saved_step != step:
-                    save()
+            save_what_is_new()
             raise Interrupted(stopped_by, step)
 
         if tested is None:  # Resumed after the last step, whose line is already written.
             tested = evaluate(state)
     return state, tested
+
+
+def _saved(step: int) -> str:
+    return f"step {step}, which is saved" if step else "step 0, before the first was done"
 
 
 def _check_finite(

@@ -3,6 +3,7 @@
 result.json is written last and atomically: a folder that has it is a finished run.
 """
 
+import contextlib
 import enum
 import importlib.metadata
 import json
@@ -12,7 +13,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
+
+from qat_jax.training import folder_lock
 
 PACKAGES = ("qat_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -68,6 +71,8 @@ class Workdir:
         self.metrics_path = self.path / "metrics.jsonl"
         self.result_path = self.path / "result.json"
         self.checkpoints_path = self.path / "checkpoints"
+        self.lock_path = self.path / ".lock"
+        self._software: dict[str, Any] | None = None
 
     def status(self, config: Mapping[str, Any]) -> Status:
         """Says how far the folder's run has come.
@@ -83,7 +88,7 @@ class Workdir:
         if not self.path.is_dir():
             raise WorkdirError(f"{self.path} is a file: choose another --workdir")
         if not self.config_path.exists():
-            if any(self.path.iterdir()):
+            if not self.is_empty():
                 raise WorkdirError(
                     f"{self.path} holds files but no run: choose a new or empty --workdir"
                 )
@@ -96,8 +101,40 @@ class Workdir:
             )
         return Status.FINISHED if self.result_path.exists() else Status.UNFINISHED
 
+    def is_empty(self) -> bool:
+        """Whether the folder holds nothing but the file that locks it."""
+        return all(path == self.lock_path for path in self.path.iterdir())
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from writing to the folder, which is made if need be.
+
+        It goes again if nothing was written. Only the process that writes locks.
+
+        Raises:
+            WorkdirError: another process has locked it.
+        """
+        if not self.writes:
+            yield
+            return
+        existed = self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with folder_lock.held(self.lock_path):
+                yield
+        except folder_lock.HeldError as error:
+            raise WorkdirError(
+                f"{self.path} is in use by {error.holder}: wait until that has ended, end it, or "
+                "choose another --workdir"
+            ) from error
+        finally:
+            if not existed:
+                with contextlib.suppress(OSError):  # It is not empty.
+                    self.path.rmdir()
+
     def begin(self, config: Mapping[str, Any]) -> None:
         """Makes the folder and writes config.json."""
+        self._software = software()
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -108,6 +145,8 @@ class Workdir:
     ) -> dict[str, Any]:
         """Writes result.json, which makes the run a finished one, and returns its content.
 
+        Commit and versions in it are those of `begin`: the code may have been edited since.
+
         Args:
             config: the resolved settings, with "experiment" and "seed" among them.
             metrics: what was measured; JSON values, or numbers that JSON lacks (see `with_floats`).
@@ -117,8 +156,7 @@ class Workdir:
             "experiment": config["experiment"],
             "config": _as_json(config),
             "command": shlex.join(["python", *sys.orig_argv[1:]]),
-            "git_commit": git_commit(),
-            "versions": versions(),
+            **(self._software or software()),
             "device": device(),
             "seed": config["seed"],
             "wall_seconds": round(wall_seconds, 3),
@@ -226,6 +264,11 @@ def _is_kept(line: str, step: int) -> bool:
         return json.loads(line)["step"] <= step
     except json.JSONDecodeError:
         return False
+
+
+def software() -> dict[str, Any]:
+    """What a result says of the code that made it."""
+    return {"git_commit": git_commit(), "versions": versions()}
 
 
 def git_commit() -> str | None:

@@ -1,9 +1,22 @@
 import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
 
-from qat_jax.data import InMemory, eval_batches, load_source, random_crop_flip, train_batches
+from qat_jax.data import (
+    DataError,
+    InMemory,
+    eval_batches,
+    load_source,
+    random_crop_flip,
+    train_batches,
+)
 
 
 def take(batches, count):
@@ -117,6 +130,64 @@ def test_workers_change_nothing(digits_dir):
     in_workers = stream(2)
     assert_same(in_workers, stream(0))
     assert all(type(batch["image"]) is np.ndarray for batch in in_workers)
+
+
+def test_signals_are_left_to_the_process_that_trains(digits_dir):
+    source = load_source("digits", "train", digits_dir)
+    batches = train_batches(source, batch_size=32, seed=3, num_workers=1)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    assert len(take(batches, 20)) == 20
+    assert not worker.is_alive()
+
+
+def test_a_worker_that_was_killed_is_an_error_of_the_data(digits_dir):
+    source = load_source("digits", "train", digits_dir)
+    batches = train_batches(source, batch_size=32, seed=3, num_workers=1)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"ended from outside: lower dataset\.num_workers"):
+        take(batches, 20)
+
+
+def test_workers_end_with_the_process_that_trains(digits_dir):
+    program = """
+        import os, signal, sys
+        from qat_jax.data import load_source, train_batches
+        source = load_source("digits", "train", sys.argv[1])
+        batches = train_batches(source, batch_size=32, seed=3, num_workers=1)
+        next(batches)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(digits_dir)]
+    # The worker holds the other end of the pipe: reading it ends when the worker does.
+    ended = subprocess.run(command, stdout=subprocess.PIPE, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+
+
+class Torn:
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("error", [OSError("no file a"), RuntimeError("no file a")])
+def test_what_cannot_be_read_is_an_error_of_the_data(error, num_workers):
+    batches = train_batches(Torn(error), batch_size=2, seed=0, num_workers=num_workers)
+    with pytest.raises(DataError, match=r"cannot read the data \(no file a\): get a fresh copy"):
+        next(batches)
+    batches.close()
+    with pytest.raises(DataError, match="cannot read the data"):
+        next(eval_batches(InMemory(Torn(error)), batch_size=2))
 
 
 def test_shards_make_up_the_global_batches(numbered):

@@ -1,9 +1,10 @@
 import pytest
 
 from experiments import cli
+from qat_jax.data import DataError
 from qat_jax.training.checkpoint import CheckpointError
 from qat_jax.training.loop import Interrupted, NonFiniteLossError
-from qat_jax.training.workdir import WorkdirError
+from qat_jax.training.workdir import Workdir, WorkdirError
 
 CONFIG = "--config=configs/digits.py"
 
@@ -75,6 +76,7 @@ def test_wrong_usage_ends_in_one_line_before_anything_runs(arguments, message, c
         (WorkdirError("other"), 2),
         (CheckpointError("foreign"), 2),
         (NonFiniteLossError("nan"), 1),
+        (DataError("torn"), 1),
         (Interrupted(15, 3), 143),
         (KeyboardInterrupt(), 130),
     ],
@@ -85,6 +87,25 @@ def test_expected_failures_are_one_line_and_a_status(error, status, capsys):
 
     assert cli.main(run, "usage", argv(CONFIG, "--workdir=x")) == status
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_folder_is_locked_while_a_main_runs(tmp_path, capsys):
+    command = argv(CONFIG, f"--workdir={tmp_path}")
+    locked = []
+
+    @cli.once("dataset")
+    def run(config, workdir):
+        locked.append(Workdir(workdir).lock_path.exists())
+        return {}
+
+    with Workdir(tmp_path).locked():
+        assert cli.main(run, "usage", command) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{tmp_path} is in use by process" in said
+    assert locked == []
+    assert cli.main(run, "usage", command) == 0
+    assert locked == [True]
 
 
 def test_a_bug_keeps_its_traceback():

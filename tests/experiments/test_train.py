@@ -2,6 +2,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import qat_jax as qj
 from experiments import build, cli, runs, tasks, train
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import create_state
+from qat_jax.training.workdir import Workdir
 
 FOUR_BITS = ["--config.quant.weight_bits=4", "--config.quant.activation_bits=4"]
 SMALL = [
@@ -209,6 +211,23 @@ def test_half_a_cluster_is_refused(tmp_path, capsys, missing):
     assert main(tmp_path / "run", "--config.hosts.join", *changes) == cli.WRONG_USAGE
     assert f"hosts.{missing} is missing: give all of" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_hosts_that_are_not_joined_are_refused(tmp_path, capsys):
+    assert main(tmp_path / "x", "--config.hosts.processes=2") == 2
+    message = capsys.readouterr().err
+    assert "hosts.processes means nothing without hosts.join: pass" in message
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_in_use_is_refused(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    (folder / "result.json").unlink()
+    with Workdir(folder).locked():
+        before = contents(folder)
+        assert main(folder) == 2
+        assert contents(folder) == before
+    assert f"{folder} is in use by process {os.getpid()} on" in capsys.readouterr().err
 
 
 def test_weights_and_activations_are_quantised_on_request(tmp_path):

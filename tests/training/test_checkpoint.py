@@ -62,6 +62,51 @@ def test_the_newest_are_kept_and_the_newest_whole_one_is_restored(lab, tmp_path)
         assert int(checkpoints.restore(state)[0].step) == 7
 
 
+def damage(checkpoint):
+    for path in (checkpoint / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"x")
+
+
+def test_a_run_that_fell_back_saves_again_and_loses_nothing(lab, tmp_path):
+    state = lab.state()
+
+    def names():
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    def save(*steps):
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.restore(state)
+            for step in steps:
+                checkpoints.save(at_step(state, step), seconds=step)
+
+    def restored():
+        with Checkpoints(tmp_path) as checkpoints:
+            return int(checkpoints.restore(state)[0].step)
+
+    save(50, 100)
+    damage(tmp_path / "100")
+    assert restored() == 50
+    assert names() == ["100", "50"]  # who only reads changes nothing
+    save(60, 70)
+    assert names() == ["60", "70", "damaged-100-1"]
+    assert restored() == 70
+    save(100)
+    damage(tmp_path / "100")
+    save(80)
+    assert names() == ["70", "80", "damaged-100-1", "damaged-100-2"]
+    assert restored() == 80
+
+
+def test_a_step_that_is_not_saved_is_an_error(lab, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at_step(lab.state(), 7), seconds=0)
+        with pytest.raises(
+            CheckpointError, match=r"step 5 cannot be saved in .* a later one: move"
+        ):
+            checkpoints.save(at_step(lab.state(), 5), seconds=0)
+
+
 def test_only_damaged_checkpoints_are_an_error(lab, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(at_step(lab.state(), 1), seconds=0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import qat_jax as qj
+from qat_jax.data import DataError
 from qat_jax.training.checkpoint import Checkpoints
 from qat_jax.training.loop import NON_FINITE, Interrupted, NonFiniteLossError, Plan
 from qat_jax.training.state import create_state
@@ -81,6 +82,43 @@ def test_a_crash_loses_only_what_came_after_the_last_checkpoint(lab, tmp_path):
     resumed, _ = lab.fit(tmp_path / "halves", PLAN)
     assert_same(resumed, whole)
     assert lines(tmp_path / "halves") == lines(tmp_path / "whole")
+
+
+def ending(at_step, error, number=None):
+    """Training data that cannot be read at a step, where a signal comes too."""
+
+    def data(start_step):
+        for step, batch in enumerate(train_data(start_step), start_step):
+            if step == at_step:
+                if number is not None:
+                    os.kill(os.getpid(), number)
+                raise error
+            yield batch
+
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "expected", "message"),
+    [
+        (ending(5, DataError("cannot read a.jpg")), DataError, "^cannot read a.jpg; stopped at"),
+        (ending(5, OSError("the readers died"), signal.SIGINT), Interrupted, "by SIGINT at"),
+        (ending(5, DataError("cannot read"), signal.SIGTERM), Interrupted, "by SIGTERM at"),
+    ],
+)
+def test_what_was_done_before_reading_failed_is_saved(lab, tmp_path, data, expected, message):
+    whole, _ = lab.fit(tmp_path / "whole", PLAN)
+    with pytest.raises(expected, match=message + " step 5, which is saved: run the same command"):
+        lab.fit(tmp_path / "halves", PLAN, train_data=data)
+    resumed, _ = lab.fit(tmp_path / "halves", PLAN)
+    assert_same(resumed, whole)
+    assert lines(tmp_path / "halves") == lines(tmp_path / "whole")
+
+
+def test_data_that_cannot_be_read_at_all_leaves_nothing_to_resume(lab, tmp_path):
+    with pytest.raises(DataError, match="torn; stopped at step 0, before the first was done"):
+        lab.fit(tmp_path, PLAN, train_data=ending(0, DataError("torn")))
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_signal_before_the_first_step_leaves_nothing_to_resume(lab, tmp_path):

@@ -1,9 +1,16 @@
+import errno
+import fcntl
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import pytest
 
+from qat_jax.training import workdir
 from qat_jax.training.workdir import (
     MetricWriter,
     Status,
@@ -44,6 +51,70 @@ def test_a_result_says_how_it_was_made(tmp_path):
     assert result["config"]["mean"] == [0.5, 0.5]
     assert result["versions"]["jax"]
     assert result["device"]["count"] >= 1
+
+
+def test_a_result_names_the_code_that_the_run_began_with(tmp_path, monkeypatch):
+    folder = Workdir(tmp_path)
+    monkeypatch.setattr(workdir, "git_commit", lambda: "before")
+    folder.begin(CONFIG)
+    monkeypatch.setattr(workdir, "git_commit", lambda: "after")
+    monkeypatch.setattr(workdir, "versions", lambda: {})
+    result = folder.finish(CONFIG, {}, wall_seconds=0)
+    assert result["git_commit"] == "before"
+    assert result["versions"]["jax"]
+
+
+def test_a_folder_is_one_process_s_at_a_time(tmp_path):
+    path = tmp_path / "run"
+    with Workdir(path).locked():
+        with (
+            pytest.raises(WorkdirError, match=rf"run is in use by process {os.getpid()} on \w+"),
+            Workdir(path).locked(),
+        ):
+            raise AssertionError("two at once")
+        with Workdir(path, writes=False).locked():  # the other processes of one run
+            pass
+        with pytest.raises(WorkdirError, match="in use"), Workdir(path).locked():
+            raise AssertionError("a lock that ends with somebody else's")
+        Workdir(path).begin(CONFIG)
+    assert [file.name for file in path.iterdir()] == ["config.json"]
+    with Workdir(path).locked():
+        pass
+
+
+def test_a_lock_leaves_no_folder_behind(tmp_path):
+    with Workdir(tmp_path / "new").locked():
+        assert Workdir(tmp_path / "new").status(CONFIG) is Status.NEW
+    assert not list(tmp_path.iterdir())
+    with Workdir(tmp_path).locked():
+        pass
+    assert tmp_path.exists()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
+    program = f"""
+import os, signal
+from qat_jax.training.workdir import Workdir
+with Workdir({str(tmp_path)!r}).locked():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ended = subprocess.run([sys.executable, "-c", program])
+    assert ended.returncode == -signal.SIGKILL
+    folder = Workdir(tmp_path)
+    assert "process" in folder.lock_path.read_text()
+    assert folder.status(CONFIG) is Status.NEW
+    with folder.locked():
+        assert folder.lock_path.read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_file_systems_without_locks_do_without(tmp_path, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with Workdir(tmp_path).locked(), Workdir(tmp_path).locked():
+        Workdir(tmp_path).begin(CONFIG)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_result_is_json_whatever_was_measured(tmp_path):
