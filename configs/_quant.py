@@ -32,7 +32,7 @@ def quant_config(arg: str) -> ConfigDict:
         arg: comma-separated `key=value`; a key that is not given has its default.
 
     Raises:
-        ValueError: a part is not `key=value`, or the key is unknown.
+        ValueError: a part is not `key=value`, the key is unknown, or bits stand beside a notation.
 
     Example:
         >>> quant_config("bits=4,clipping=max").to_dict()
@@ -51,6 +51,8 @@ def quant_config(arg: str) -> ConfigDict:
                 "scaling=dynamic|carried|static, separated by commas"
             )
         values[key] = value
+    if values["notation"] and any(part.startswith("bits=") for part in parts):
+        raise ValueError("bits and notation are both given: leave bits out, a notation says them")
     bits = "32" if values["bits"] == "float" else values["bits"]
     if not bits.isdigit():
         raise ValueError(f"bits={bits} is not a whole number: give bits=4 or the like")

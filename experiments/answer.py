@@ -33,6 +33,8 @@ _MARGIN = 80  # characters of the context that are shown on each side of the ans
 def answer(run: Path, context: str, question: str, n_best: int) -> list[data.RankedAnswer]:
     """The likeliest answers of a trained network, the best first.
 
+    None where the run's `answers.null_threshold` says that the context does not tell.
+
     Args:
         run: the folder of a finished run.
         context: the text that holds the answer.
@@ -40,28 +42,31 @@ def answer(run: Path, context: str, question: str, n_best: int) -> list[data.Ran
         n_best: how many at most.
 
     Raises:
-        cli.UsageError: there is no such run, or it is of another kind.
+        cli.UsageError: there is no such run, it is not finished, or of another kind.
     """
     with cli.setup_errors():
-        config = ConfigDict(Workdir(run).settings())
+        folder = Workdir(run)
+        config = ConfigDict(folder.settings())
         task = build.task(config)
         if not isinstance(task, QuestionAnswering):
             raise ValueError(f"{run} is a run of {config.task}: give one of question_answering")
+        if not folder.result_path.exists():
+            raise ValueError(f"{run} is not finished: repeat the command that trains it")
         source = task.windows([data.Question("asked", question, context, ())])
         inputs = tasks.first_inputs(task, source, len(source))
         model = runs.trained_model(config, run, *inputs)
     logits = np.asarray(jax.jit(lambda *inputs: model(*inputs))(*inputs))
-    answers = config.answers
-    ranked = data.ranked_answers(
-        source, logits, n_best=answers.n_best, max_answer_tokens=answers.max_answer_tokens
-    )
-    return ranked["asked"][:n_best]
+    settings = config.answers.to_dict()
+    if not data.best_answers(source, logits, **settings)["asked"]:
+        return []
+    del settings["null_threshold"]
+    return data.ranked_answers(source, logits, **settings)["asked"][:n_best]
 
 
 def show(console: Console, context: str, answers: Sequence[data.RankedAnswer]) -> None:
     """Prints answers, and the best one where it stands."""
     if not answers:
-        console.print("no answer: the context has no words")
+        console.print("no answer: the context does not say")
         return
     for number, ranked in enumerate(answers, start=1):
         # Not markup: a text may have brackets of its own.

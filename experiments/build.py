@@ -1,5 +1,6 @@
 """From a config to the things it names: its kind of data, a model, its quantisers."""
 
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from qat_jax.models import (
 from qat_jax.policy import BLOCK_FORMATS
 
 FLOAT_BITS = 32
+_DTYPES = ("float32", "bfloat16", "float16")  # that networks can compute in
 
 
 class MaskedBert(BertForQuestionAnswering):
@@ -110,7 +112,12 @@ def float_model(config: ConfigDict) -> nnx.Module:
     del settings["name"]
     pretrained = settings.pop("pretrained")
     if "dtype" in settings:
+        if settings["dtype"] not in _DTYPES:
+            raise ValueError(
+                f"model.dtype is {settings['dtype']!r}: give one of {', '.join(_DTYPES)}"
+            )
         settings["dtype"] = jnp.dtype(settings["dtype"])
+    _check_settings(name, settings)
 
     def drawn(key: jax.Array) -> nnx.Module:
         return _MODELS[name](**settings, rngs=nnx.Rngs(key))
@@ -123,6 +130,18 @@ def float_model(config: ConfigDict) -> nnx.Module:
     load_weights(_loaded_part(model, path), path)
     _draw_rest(model, drawn, key)
     return model
+
+
+def _check_settings(name: str, settings: dict[str, Any]) -> None:
+    """Raises ValueError unless a config's section `model` is of the model that it names."""
+    model: Any = _MODELS[name]
+    try:
+        inspect.signature(model.__init__).bind(None, **settings, rngs=None)
+    except TypeError as error:
+        raise ValueError(
+            f"the section model of this config is not for model.name {name!r} ({error}): take a "
+            "config of that model, or write one"
+        ) from error
 
 
 def _draw_rest(model: nnx.Module, drawn: Callable[[jax.Array], nnx.Module], key: jax.Array) -> None:

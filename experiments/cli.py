@@ -36,6 +36,18 @@ FAILED = 1
 WRONG_USAGE = 2
 SIGNAL_BASE = 128  # a shell's status of a command ended by signal n is 128 + n
 SIGINT = int(signal.SIGINT)
+# Of `configs/_quant.py`: what changes nothing beside a notation.
+_UNUSED_BY_NOTATION = tuple(
+    f"quant.{key}"
+    for key in (
+        "weight_bits",
+        "activation_bits",
+        "narrow",
+        "edge_bits",
+        "edge_clipping",
+        "shards",
+    )
+)
 _PROJECT_LOGGERS = ("qat_jax", "experiments")
 
 Run = Callable[[ConfigDict, Path], dict[str, Any]]
@@ -171,6 +183,8 @@ def parse(argv: Sequence[str], *, default_config: str | None = None) -> Argument
         raise UsageError(f"{positional[0]!r} is not a flag: write --config.NAME=VALUE; see --help")
     if not values.workdir:
         raise UsageError("give --workdir=DIR, the folder the run is written to")
+    _check_seed(values.config)
+    _check_notation_alone(argv, values.config)
     _read_policy(values.config)
     return Arguments(config=values.config, workdir=Path(values.workdir))
 
@@ -274,15 +288,36 @@ def _known_configs(folder: Path) -> str:
 
 def _check_override_names(argv: Sequence[str], config: ConfigDict) -> None:
     known = list(_keys(config))
-    for argument in argv[1:]:
-        match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-        if match is None or match[1] in known:
+    for key in _overridden(argv):
+        if key in known:
             continue
-        nearest = difflib.get_close_matches(match[1], known, n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
         raise UsageError(
-            f"unknown config key {match[1]!r}: did you mean --config.{nearest}? "
+            f"unknown config key {key!r}: did you mean --config.{nearest}? "
             "(the config file lists them all)"
         )
+
+
+def _check_seed(config: ConfigDict) -> None:
+    if not 0 <= config.get("seed", 0) < 2**32:
+        raise UsageError(f"seed is {config.seed}: give 0 to {2**32 - 1}")
+
+
+def _check_notation_alone(argv: Sequence[str], config: ConfigDict) -> None:
+    quant = config.get("quant", ConfigDict())
+    unused = [key for key in _overridden(argv) if key in _UNUSED_BY_NOTATION]
+    if quant.get("notation") and unused:
+        raise UsageError(
+            f"{unused[0]} changes nothing beside quant.notation {quant.notation}: leave one of "
+            "them out"
+        )
+
+
+def _overridden(argv: Sequence[str]) -> Iterator[str]:
+    """The keys that flags set."""
+    for argument in argv[1:]:
+        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
+            yield match[1]
 
 
 def _expected_type(error: flags.IllegalFlagValueError, config: ConfigDict) -> str:

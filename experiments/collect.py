@@ -103,7 +103,7 @@ def table(results: list[dict[str, Any]], measure: Measure) -> str:
         metrics = result["metrics"]
         cells = [
             result["name"],
-            *(result["quant"].get(column) or "-" for column in COLUMNS),
+            *(_cell(result["quant"].get(column)) for column in COLUMNS),
             result["seed"],
             _percent(metrics[f"{measure.name}_before"]),
             _percent(metrics.get(f"validation_{measure.name}")),
@@ -114,6 +114,11 @@ def table(results: list[dict[str, Any]], measure: Measure) -> str:
         ]
         lines.append(" | ".join(map(str, cells)))
     return "".join(f"| {line} |\n" for line in lines)
+
+
+def _cell(setting: Any) -> Any:
+    """False is a setting too."""
+    return "-" if setting in (None, "") else setting
 
 
 def _percent(share: float | None) -> str:

@@ -1,6 +1,7 @@
 """Questions whose answers are spans of a text, as a config describes them."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,7 @@ class QuestionAnswering:
 
     Raises:
         ValueError: bad settings of how batches are made. Of its methods: `DataError` where there
-            are no such questions or no vocabulary, ValueError where windows have no room for a
-            context.
+            are no such questions or no vocabulary, ValueError where the model cannot read them.
     """
 
     config: ConfigDict
@@ -37,7 +37,14 @@ class QuestionAnswering:
     objective = SpanExtraction()
 
     def __post_init__(self) -> None:
-        self.bucketing  # noqa: B018 - bad settings are told before anything is read
+        # Bad settings are told before anything is read.
+        tasks.check_reading(self.config.dataset)
+        self.bucketing  # noqa: B018
+
+    @property
+    def num_threads(self) -> int:
+        """See `tasks.Task`."""
+        return self.config.dataset.get("num_threads", 1)
 
     @property
     def bucketing(self) -> data.Bucketing | None:
@@ -62,8 +69,13 @@ class QuestionAnswering:
 
     def validation_source(self) -> Any:
         """See `tasks.Task`."""
-        split = self.config.dataset.validation_split
-        return None if split is None else self._source(split)
+        train, split = self.config.dataset.train_split, self.config.dataset.validation_split
+        if split is None:
+            return None
+        source = self._source(split)
+        if train is not None and not set(source.questions).isdisjoint(self._training_questions):
+            raise ValueError(tasks.not_held_out(train, split))
+        return source
 
     def held(self, source: data.SquadFeatures) -> data.SquadFeatures:
         """The source, which is in memory."""
@@ -85,19 +97,49 @@ class QuestionAnswering:
         return judge
 
     def _source(self, split: str) -> data.SquadFeatures:
-        dataset = self.config.dataset
         if split is None:
             raise ValueError(
                 "name the questions: --config.dataset.test_split=NAME, and "
                 "--config.dataset.train_split=NAME to train or calibrate on"
             )
-        return self.windows(data.load_questions(dataset.name, split, dataset.data_dir))
+        if split == self.config.dataset.train_split:
+            return self.windows(self._training_questions)
+        return self.windows(self._questions(split))
+
+    def _questions(self, split: str) -> list[data.Question]:
+        dataset = self.config.dataset
+        return data.load_questions(dataset.name, split, dataset.data_dir)
+
+    @functools.cached_property
+    def _training_questions(self) -> list[data.Question]:
+        return self._questions(self.config.dataset.train_split)
 
     def windows(self, questions: Sequence[data.Question]) -> data.SquadFeatures:
-        """Questions as the model reads them."""
-        dataset = self.config.dataset
+        """Questions as the model reads them.
+
+        Raises:
+            DataError: there is no vocabulary.
+            ValueError: the model has fewer positions or tokens, or windows no room for a context.
+        """
+        dataset, size = self.config.dataset, self.config.model.size
+        # JAX clamps a number that is out of a table's range, and says nothing.
+        if dataset.length > size.positions:
+            raise ValueError(
+                f"windows of {dataset.length} tokens do not fit into the model's {size.positions} "
+                f"positions: pass --config.dataset.length={size.positions} or less"
+            )
         settings = {name: dataset[name] for name in ("length", "stride", "max_question_length")}
+        if size.token_types < 2:
+            raise ValueError(
+                "a question and its context are of two types: pass "
+                "--config.model.size.token_types=2"
+            )
         wordpiece = data.WordPiece(self._vocabulary(), lowercase=dataset.lowercase)
+        if wordpiece.size > size.vocabulary:
+            raise ValueError(
+                f"the vocabulary has {wordpiece.size} tokens and the model {size.vocabulary}: pass "
+                f"--config.model.size.vocabulary={wordpiece.size}, or another dataset.vocabulary"
+            )
         if dataset.cache_dir is None:
             return data.make_features(questions, wordpiece, **settings)
         return data.cached_features(questions, wordpiece, dataset.cache_dir, **settings)

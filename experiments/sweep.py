@@ -129,14 +129,16 @@ def run(sweep: Sweep, launcher: Launcher) -> dict[str, str]:
     waiting = [cell for cell in sweep.cells if not is_finished(sweep, cell)]
     folder = Workdir(sweep.workdir)
     _check_folder(folder)
+    # A sweep that was killed after its last cell has nothing to run but its own result to write.
+    unfinished = bool(waiting) or not folder.result_path.exists()
     with folder.locked():
-        if waiting:
+        if unfinished:
             folder.begin(sweep.settings())
             folder.result_path.unlink(missing_ok=True)  # of fewer cells
         failed = _run_all(sweep, waiting, launcher)
         rows = gather(sweep)
         show(sweep, rows)
-        if waiting and not failed:
+        if unfinished and not failed:
             folder.finish(sweep.settings(), {"rows": rows}, wall_seconds=time.monotonic() - started)
     return failed
 
@@ -355,6 +357,7 @@ def parse(argv: Sequence[str]) -> tuple[Sweep, Launcher]:
     with cli.setup_errors():
         in_file, listed = read_file(known.sweep) if known.sweep else ({}, [])
         made = cells({**in_file, **grid}, listed)
+        _check_given_once(overrides, made[0])
         logs = known.workdir / LOGS
         launcher: Launcher
         if known.cluster is None:
@@ -362,6 +365,14 @@ def parse(argv: Sequence[str]) -> tuple[Sweep, Launcher]:
         else:
             launcher = ClusterJobs(known.cluster, logs, parameters)
     return Sweep(known.main, known.config, overrides, made, known.workdir), launcher
+
+
+def _check_given_once(overrides: Sequence[str], cell: Cell) -> None:
+    """Raises ValueError if an override, which comes last, would undo what is swept."""
+    for override in overrides:
+        key = re.sub(r"^--(no)?config\.", "", override).partition("=")[0]
+        if key in cell.values:
+            raise ValueError(f"{key} is swept and also given, by {override}: leave one of them out")
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
 """What a main has to know of a kind of data: where examples come from, how models are judged."""
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from qat_jax import data
 from qat_jax.data.pipeline import Augment
@@ -32,6 +34,11 @@ class Task(Protocol):
     @property
     def objective(self) -> Objective:
         """What models are trained for."""
+        ...
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that read examples ahead."""
         ...
 
     @property
@@ -62,6 +69,32 @@ class Task(Protocol):
     def judge(self, graphdefs: GraphDefs, devices: Placement) -> Judge:
         """What measures a state on a source: metrics with `loss`, `count` and the headline."""
         ...
+
+
+def check_reading(dataset: ConfigDict) -> None:
+    """Raises ValueError unless a config's `dataset` can be read by as many as it says."""
+    for name in ("num_threads", "num_workers"):
+        if dataset.get(name, 0) < 0:
+            raise ValueError(f"dataset.{name} is {dataset[name]}: give 0 or more")
+
+
+def not_held_out(train_split: str, validation_split: str) -> str:
+    """What is wrong where training would see examples that are to be held out of it.
+
+    Example:
+        >>> not_held_out("train", "train[1000:]")
+        'dataset.train_split train has examples of dataset.validation_split train[1000:], which \
+would not be held out: pass --config.dataset.train_split=train[:1000]'
+    """
+    sliced = re.fullmatch(r"(.+)\[(-?\d+%?)?:(-?\d+%?)?\]", validation_split)
+    mend = "choose splits without common examples"
+    if sliced is not None and None in sliced.groups():  # open on one side: training gets that
+        name, start, stop = (part or "" for part in sliced.groups())
+        mend = f"pass --config.dataset.train_split={name}[{stop}:{start}]"
+    return (
+        f"dataset.train_split {train_split} has examples of dataset.validation_split "
+        f"{validation_split}, which would not be held out: {mend}"
+    )
 
 
 def calibration_inputs(
@@ -98,6 +131,7 @@ def eval_batches(task: Task, source: Any, batch_size: int) -> Iterator[HostBatch
         batch_size=batch_size,
         fields=task.fields,
         bucketing=task.bucketing,
+        num_threads=task.num_threads,
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
     )

@@ -46,7 +46,7 @@ from qat_jax.training.loop import NON_FINITE, Plan, fit
 from qat_jax.training.optimizer import duration_in_steps, make_optimizer, make_schedule
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import GraphDefs, TrainState, count_parameters, create_state
-from qat_jax.training.step import Collected, make_train_step
+from qat_jax.training.step import Collected, make_train_step, warmed_up
 from qat_jax.training.workdir import MetricWriter, Workdir
 
 logger = logging.getLogger("experiments.train")  # __name__ is "__main__" on the command line
@@ -106,7 +106,7 @@ def train(config: ConfigDict, folder: Workdir, started: float) -> dict[str, Any]
                 f"accumulate {config.accumulate} does not divide batch_size {config.batch_size}"
             )
         examples = config.batch_size // config.accumulate
-        devices.check_batch_size(examples)
+        devices.check_batch_size(config.batch_size, config.accumulate)
 
         # Data
         task = build.task(config)
@@ -156,7 +156,7 @@ def train(config: ConfigDict, folder: Workdir, started: float) -> dict[str, Any]
             objective=task.objective,
             schedule=schedule,
             accumulate=config.accumulate,
-            average_decay=config.average_decay,
+            average_decay=warmed_up(config.average_decay),
             collect=collected(config),
             placement=devices,
         )
@@ -227,7 +227,7 @@ def train(config: ConfigDict, folder: Workdir, started: float) -> dict[str, Any]
 
 def save_trained(graphdefs: GraphDefs, state: TrainState, devices: Placement, path: Path) -> None:
     """Leaves the parameters that were judged, under another library's names (`save_weights`)."""
-    whole = jax.jit(devices.gather)((state.evaluated_params, state.model_state))
+    whole = jax.jit(devices.gather)((state.evaluated_params, state.evaluated_model_state))
     if hosts.is_first():
         save_weights(nnx.merge(graphdefs.evaluation, *whole), path)
 

@@ -9,7 +9,7 @@ import re
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,24 @@ _DAMAGE = (OSError, SyntaxError, zipfile.BadZipFile, zlib.error)
 class ImageFolder:
     """The images of a folder or a zip file, read at random, in the order of their names.
 
-    The class of an image is the number before the first `_` of its file's name
-    (`404_ILSVRC2012_val_00000001.JPEG`), or else its folder: the number that the folder is named by
-    (`404/…`), or its position among the sorted folders (`n01440764/…`). May be pickled, and read
-    by several threads at once.
+    The class of an image is its folder, where images lie in several: the number that the folder is
+    named by (`404/…`), or its position among the sorted folders (`n01440764/…`). Where they do not,
+    it is the number before the first `_` of its file's name (`404_ILSVRC2012_val_00000001.JPEG`).
+    May be pickled, and read by several threads at once.
 
     Args:
       path: a folder, searched through all of its folders, or a .zip file.
+      classes: `class_names` of the images that a network is trained on, so that a folder that has
+        not all of them means the same by a class. None: the folders that there are.
+
+    Attributes:
+      class_names: the folders that are classes, in the order of these; None where numbers are.
 
     Raises:
-      DataError: there are no images, or a name says no class.
+      DataError: there are no images, a name says no class, or `classes` lacks a folder.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], classes: Sequence[str] | None = None):
         self._path = Path(path)
         if not self._path.exists():
             raise DataError(f"image folder or zip file {path} does not exist: give another path")
@@ -46,7 +51,13 @@ class ImageFolder:
         self._names = sorted(name for name in names if name.lower().endswith(_SUFFIXES))
         if not self._names:
             raise DataError(f"{path} has no images: it must hold .JPEG, .jpg or .png files")
-        self._labels = self._find_labels()
+        self.class_names: tuple[str, ...] | None = None
+        self._labels = self._find_labels(classes)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes a network for these images has to know: labels are below it."""
+        return len(self.class_names) if self.class_names else max(self._labels) + 1
 
     def __len__(self) -> int:
         return len(self._names)
@@ -67,23 +78,44 @@ class ImageFolder:
             ) from error
         return {"image": np.asarray(image), "label": self._labels[index]}
 
-    def _find_labels(self) -> list[int]:
+    def _find_labels(self, classes: Sequence[str] | None) -> list[int]:
+        folders = [os.path.dirname(name) for name in self._names]
+        if "" not in folders:
+            found = _below_what_they_share(folders)
+            # A single folder is a class if it is known as one; else it is just where images lie.
+            if len(set(found)) > 1 or found[0] in (classes or ()):
+                return self._labels_of_folders(found, classes)
         numbered = [re.match(r"(\d+)_", os.path.basename(name)) for name in self._names]
         if all(numbered):
             return [int(match[1]) for match in numbered if match]
-        folders = [os.path.dirname(name) for name in self._names]
         indices = [os.path.basename(folder) for folder in folders]
         if all(index.isdecimal() for index in indices):
             return [int(index) for index in indices]
-        classes = sorted(set(folders))
-        if len(classes) == 1 or "" in classes:
-            unnumbered = [n for n, m in zip(self._names, numbered, strict=True) if m is None]
-            unnamed = min(unnumbered, key=os.path.dirname)  # one outside all folders, if any
+        unnumbered = [n for n, m in zip(self._names, numbered, strict=True) if m is None]
+        unnamed = min(unnumbered, key=os.path.dirname)  # one outside all folders, if any
+        raise DataError(
+            f"{unnamed} in {self._path} says no class: name files <class>_….JPEG, or put each "
+            "class into a folder of its own"
+        )
+
+    def _labels_of_folders(self, found: list[str], classes: Sequence[str] | None) -> list[int]:
+        numbers = [os.path.basename(folder) for folder in found]
+        if classes is None and all(number.isdecimal() for number in numbers):
+            return [int(number) for number in numbers]
+        self.class_names = tuple(sorted(set(found)) if classes is None else classes)
+        if unknown := set(found).difference(self.class_names):
             raise DataError(
-                f"{unnamed} in {self._path} says no class: name files <class>_….JPEG, or put each "
-                "class into a folder of its own"
+                f"{self._path} has a folder {min(unknown)}, which is no class of the training "
+                "images: take it away, or name the folders of all splits by their classes' numbers"
             )
-        return [classes.index(folder) for folder in folders]
+        label = {name: number for number, name in enumerate(self.class_names)}
+        return [label[folder] for folder in found]
+
+
+def _below_what_they_share(folders: list[str]) -> list[str]:
+    """Folders without the path to all of them, which a zip file's split may have of its own."""
+    shared = os.path.commonpath({os.path.dirname(folder) for folder in folders})
+    return [folder.removeprefix(f"{shared}/") if shared else folder for folder in folders]
 
 
 def _open(folder: Path) -> tuple[list[str], Callable[[str], bytes]]:

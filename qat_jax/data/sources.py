@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,28 @@ def load_source(name: str, split: str, data_dir: str | os.PathLike[str] | None =
             raise DataError(f"data folder {folder} does not exist: {_CHOOSE_DATA_DIR}")
         builder = _cifar10_local(folder) if name == "cifar10_local" else _by_name(name, folder)
     return _open_split(builder, split)
+
+
+def class_count(source: Any) -> int | None:
+    """How many classes a `tfds.data_source` says that its labels are of; None where it does not."""
+    features = source.dataset_info.features
+    return getattr(features["label"], "num_classes", None) if "label" in features else None
+
+
+def share_examples(source: Any, other: Any) -> bool:
+    """Whether two splits of one dataset, each a `tfds.data_source`, have examples in common."""
+    return any(
+        ours.filename == theirs.filename
+        and ours.skip < theirs.skip + theirs.take
+        and theirs.skip < ours.skip + ours.take
+        for ours in _parts(source)
+        for theirs in _parts(other)
+    )
+
+
+def _parts(source: Any) -> Sequence[Any]:
+    """The ranges of files that a split is read from."""
+    return source.dataset_info.splits[source.split].file_instructions
 
 
 def _cifar10_local(folder: Path) -> Any:

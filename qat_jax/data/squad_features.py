@@ -43,6 +43,9 @@ class WordPiece:
         vocabulary: a text file, a token a line, whose number is its line's.
         lowercase: whether upper case and accents count for nothing, as in "uncased" models.
 
+    Attributes:
+        size: how many tokens there are: their numbers are below it.
+
     Raises:
         DataError: there is no such file, or it lacks one of BERT's special tokens.
     """
@@ -57,6 +60,7 @@ class WordPiece:
         missing = [token for token in _SPECIAL if token not in numbers]
         if missing:
             raise DataError(f"{path} is no vocabulary of BERT's: it has no {', '.join(missing)}")
+        self.size = len(tokens)
         self.padding, _, self.cls, self.sep = (numbers[token] for token in _SPECIAL)
         self.fingerprint = hashlib.sha256(path.read_bytes() + bytes([lowercase])).hexdigest()
         self._tokenizer = BertWordPieceTokenizer(numbers, lowercase=lowercase)

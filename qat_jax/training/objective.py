@@ -64,10 +64,19 @@ class Classification:
     Attributes:
         normalise: uint8 images to what the model expects.
         label_smoothing: the share of probability spread over all classes; for training.
+
+    Raises:
+        ValueError: the smoothing leaves nothing of the label, or is negative.
     """
 
     normalise: Normalisation
     label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing}: give at least 0 and less than 1"
+            )
 
     def inputs(self, batch: Batch) -> tuple[jax.Array, ...]:
         """The normalised images."""

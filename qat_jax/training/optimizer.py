@@ -78,7 +78,8 @@ def make_schedule(
         steps_per_epoch: optimiser steps in one pass over the training set.
 
     Raises:
-        ValueError: an unknown name, or a warm-up longer than the run.
+        ValueError: an unknown name, a setting that it needs is missing, or a warm-up longer than
+            the run.
     """
 
     def steps(duration: str) -> int:
@@ -102,7 +103,8 @@ def make_schedule(
             every = steps("decay_every")
             if every < 1:
                 raise ValueError("decay_every must be at least one step")
-            body = _step_decay(learning_rate, settings["decay_factor"], every, warmup_steps)
+            factor = _needed(settings, "decay_factor", "schedule")
+            body = _step_decay(learning_rate, factor, every, warmup_steps)
         case unknown:
             raise ValueError(
                 f"unknown schedule {unknown!r}: choose constant, cosine, linear or step"
@@ -145,7 +147,7 @@ def make_optimizer(
     that the gradient of all parameters together may be; a longer one is shortened first.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or sgd without its momentum.
     """
     optimizer = _unclipped(settings, schedule)
     if settings.get("clip_norm") is None:
@@ -163,7 +165,7 @@ def _unclipped(
                 optax.add_decayed_weights(decay, mask=weight_decay_mask),
                 optax.sgd(
                     schedule,
-                    momentum=settings["momentum"],
+                    momentum=_needed(settings, "momentum", "optimizer"),
                     nesterov=settings.get("nesterov", False),
                 ),
             )
@@ -177,3 +179,13 @@ def _unclipped(
             )
         case unknown:
             raise ValueError(f"unknown optimizer {unknown!r}: choose sgd or adamw")
+
+
+def _needed(settings: Mapping[str, Any], key: str, section: str) -> Any:
+    """A setting that the named optimiser or schedule cannot do without; ValueError if missing."""
+    if settings.get(key) is None:
+        raise ValueError(
+            f"{section}.name {settings['name']!r} needs {section}.{key}, which this config does "
+            "not have: write it into the config file, or choose another name"
+        )
+    return settings[key]

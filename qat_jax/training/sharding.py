@@ -65,16 +65,26 @@ class Placement:
         """A whole copy on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def check_batch_size(self, batch_size: int) -> None:
-        """Raises ValueError unless the devices share a batch of this size equally."""
+    def check_batch_size(self, batch_size: int, accumulate: int = 1) -> None:
+        """Checks that the devices can share a batch equally.
+
+        Args:
+            batch_size: its examples.
+            accumulate: parts of it that are shared one after the other.
+
+        Raises:
+            ValueError: they cannot.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: choose at least 1")
         devices = self.mesh.size
-        if batch_size % devices:
-            below = batch_size - batch_size % devices
+        shares = devices * accumulate
+        if batch_size % shares:
+            below = batch_size - batch_size % shares
+            reason = "" if accumulate == 1 else f" (devices times accumulate {accumulate})"
             raise ValueError(
                 f"batch_size {batch_size} does not divide over {devices} devices: "
-                f"choose a multiple of {devices}, such as {below or devices}"
+                f"choose a multiple of {shares}{reason}, such as {below or shares}"
             )
 
     def shard_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

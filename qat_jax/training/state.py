@@ -26,6 +26,8 @@ class TrainState:
         model_state: nested dict of arrays, every other variable (batch statistics, RNG counts).
         opt_state: the optimiser's state.
         average: the moving average of `params` over the steps, or None.
+        average_statistics: likewise of the batch statistics in `model_state`, which fit `params`
+            and not their average; a nested dict with these alone.
     """
 
     step: jax.Array
@@ -33,11 +35,17 @@ class TrainState:
     model_state: PyTree
     opt_state: PyTree
     average: PyTree = None
+    average_statistics: PyTree = None
 
     @property
     def evaluated_params(self) -> PyTree:
         """The parameters that the run is judged by: the average where there is one."""
         return self.params if self.average is None else self.average
+
+    @property
+    def evaluated_model_state(self) -> PyTree:
+        """Likewise, what goes with them: averaged batch statistics where there are some."""
+        return _overlaid(self.model_state, self.average_statistics or {})
 
 
 class GraphDefs(NamedTuple):
@@ -75,9 +83,10 @@ def create_state(
     Args:
         model: where to start.
         optimizer: what will update the parameters.
-        averages: whether an average of the parameters is kept.
+        averages: whether an average of the parameters and batch statistics is kept.
     """
     graphdefs, params, model_state = split_model(model)
+    statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
     params, model_state = jax.tree.map(jnp.copy, (params, model_state))
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -85,13 +94,28 @@ def create_state(
         model_state=model_state,
         opt_state=optimizer.init(params),
         average=jax.tree.map(jnp.copy, params) if averages else None,
+        average_statistics=jax.tree.map(jnp.copy, statistics) if averages else None,
     )
     return graphdefs, state
 
 
+def only(tree: PyTree, like: PyTree) -> PyTree:
+    """The part of a nested dict that another one has."""
+    if not isinstance(like, dict):
+        return tree
+    return {key: only(tree[key], value) for key, value in like.items()}
+
+
+def _overlaid(tree: PyTree, part: PyTree) -> PyTree:
+    """A nested dict with what a part of it has in the place of its own."""
+    if not isinstance(part, dict):
+        return part
+    return tree | {key: _overlaid(tree[key], value) for key, value in part.items()}
+
+
 def restore_model(graphdefs: GraphDefs, state: TrainState) -> nnx.Module:
     """Puts the arrays of `state` back into a model, in evaluation mode."""
-    return nnx.merge(graphdefs.evaluation, state.evaluated_params, state.model_state)
+    return nnx.merge(graphdefs.evaluation, state.evaluated_params, state.evaluated_model_state)
 
 
 def count_parameters(params: PyTree) -> int:

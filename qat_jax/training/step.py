@@ -14,10 +14,11 @@ from flax import nnx
 
 from qat_jax.training.objective import Batch, Objective
 from qat_jax.training.sharding import Placement
-from qat_jax.training.state import GraphDefs, TrainState
+from qat_jax.training.state import GraphDefs, TrainState, only
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 EvalStep = Callable[[TrainState, Batch], dict[str, jax.Array]]
+AverageDecay = Callable[[jax.Array], jax.Array]
 
 
 class Collected(NamedTuple):
@@ -32,6 +33,19 @@ class Collected(NamedTuple):
     summarise: Callable[[nnx.State], Any] = nnx.to_pure_dict
 
 
+def warmed_up(decay: float) -> AverageDecay:
+    """The share of the old in a moving average, less in the first steps: min(d, (1+t) / (10+t)).
+
+    Were it d from the start, the initial weights would count as much as 1 / (1-d) steps.
+
+    Raises:
+        ValueError: `decay` is no share below 1.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"average_decay is {decay}: give at least 0 and less than 1")
+    return lambda step: jnp.minimum(decay, (1 + step) / (10 + step))
+
+
 def make_train_step(
     graphdefs: GraphDefs,
     optimizer: optax.GradientTransformation,
@@ -39,7 +53,7 @@ def make_train_step(
     objective: Objective,
     schedule: optax.Schedule,
     accumulate: int = 1,
-    average_decay: float = 0.0,
+    average_decay: float | AverageDecay = 0.0,
     collect: Mapping[str, Collected] | None = None,
     placement: Placement | None = None,
 ) -> TrainStep:
@@ -53,8 +67,8 @@ def make_train_step(
         accumulate: parts that a batch is cut into, which run one after the other and whose
             gradients are averaged: a batch that does not fit into memory at once. Batch norms and
             dynamic thresholds see a part at a time.
-        average_decay: the share of the old in the moving average of the parameters, of a state
-            that keeps one.
+        average_decay: the share of the old in the moving average of the parameters and batch
+            statistics, of a state that keeps one; of each step, if it is a function of it.
         collect: what to return, by name among the metrics, of what the forward pass sows.
         placement: where the state lives; None leaves it to the compiler.
 
@@ -102,15 +116,18 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        average = state.average
+        average, statistics = state.average, state.average_statistics
         if average is not None:
-            average = optax.incremental_update(params, average, 1 - average_decay)
+            decay = average_decay(state.step) if callable(average_decay) else average_decay
+            new = params, only(model_state, statistics)
+            average, statistics = optax.incremental_update(new, (average, statistics), 1 - decay)
         new_state = TrainState(
             step=state.step + 1,
             params=params,
             model_state=model_state,
             opt_state=opt_state,
             average=average,
+            average_statistics=statistics,
         )
         if placement is not None:
             new_state, metrics = placement.keep_state(new_state), placement.gather(metrics)
@@ -189,7 +206,7 @@ def make_predict_step(
 
 
 def _evaluated(graphdefs: GraphDefs, state: TrainState, inputs: tuple[jax.Array, ...]) -> jax.Array:
-    model = nnx.merge(graphdefs.evaluation, state.evaluated_params, state.model_state)
+    model = nnx.merge(graphdefs.evaluation, state.evaluated_params, state.evaluated_model_state)
     return _apply(model, inputs)[0]
 
 

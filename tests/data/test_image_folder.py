@@ -57,6 +57,38 @@ def test_folders_named_by_numbers_are_those_classes(tmp_path):
     assert [image["label"] for image in images] == [7, 10, 9]
 
 
+def labels(folder, classes=None):
+    images = ImageFolder(folder, classes)
+    return {images[i]["image"][1, 1, 0].item(): images[i]["label"] for i in range(len(images))}
+
+
+def test_folders_count_before_numbers_in_names(tmp_path):
+    save(tmp_path / "daisy" / "100080576_f52e8ee070_n.png", value=1)
+    save(tmp_path / "rose" / "102501987_3cdb8e5394_n.png", value=2)
+    assert labels(tmp_path) == {1: 0, 2: 1}
+    # A folder by itself is just where images lie, unless it is known as a class.
+    save(tmp_path / "all" / "9_x.png", value=3)
+    assert ImageFolder(tmp_path / "rose").num_classes == 102501988
+    assert ImageFolder(tmp_path / "all")[0]["label"] == 9
+
+
+def test_classes_are_those_of_other_images_where_they_are_given(tmp_path):
+    for name in ("daisy", "rose", "tulip"):
+        save(tmp_path / "train" / name / "x.png")
+    for value, name in enumerate(("rose", "tulip")):
+        save(tmp_path / "test" / name / f"{value}_x.png", value=value)
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.write(tmp_path / "test" / name / f"{value}_x.png", f"test/{name}/{value}_x.png")
+    train = ImageFolder(tmp_path / "train")
+    assert train.class_names == ("daisy", "rose", "tulip")
+    assert labels(tmp_path / "test", train.class_names) == {0: 1, 1: 2}
+    assert ImageFolder(tmp_path / "test", train.class_names).num_classes == 3
+    assert labels(tmp_path / "tulip.zip", train.class_names) == {1: 2}
+    save(tmp_path / "test" / "dandelion" / "x.png")
+    with pytest.raises(DataError, match="a folder dandelion, which is no class of the training"):
+        ImageFolder(tmp_path / "test", train.class_names)
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 def test_it_may_be_pickled(flat, tmp_path, zipped):
     if zipped:

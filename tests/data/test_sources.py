@@ -37,6 +37,27 @@ def test_the_variable_chooses_the_folder(digits_dir, monkeypatch):
     assert len(load_source("digits", "train[:100]")) == 100
 
 
+@pytest.mark.parametrize(
+    ("split", "other", "shared"),
+    [
+        ("train", "train[1000:]", True),
+        ("train[:1000]", "train[1000:]", False),
+        ("train[:1001]", "train[1000:]", True),
+        ("train[:90%]", "train[90%:]", False),
+        ("train", "test", False),
+        ("test+train[:10]", "train[5:20]", True),
+    ],
+)
+def test_splits_that_have_examples_in_common(digits_dir, split, other, shared):
+    opened = [load_source("digits", each, digits_dir) for each in (split, other)]
+    assert sources.share_examples(*opened) is shared
+    assert sources.share_examples(*opened[::-1]) is shared
+
+
+def test_classes_are_counted_without_reading(digits_dir):
+    assert sources.class_count(load_source("digits", "test", digits_dir)) == 10
+
+
 def test_any_prepared_dataset_by_name(tmp_path):
     Checkerboard(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     source = load_source("checkerboard", "train", tmp_path)

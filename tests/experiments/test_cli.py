@@ -46,6 +46,7 @@ def test_flags_override_the_config():
         (["--config=configs/digit.py", "--workdir=x"], "configs/digit.py does not exist; there"),
         (["--config=nowhere/a.py", "--workdir=x"], "there is no config in nowhere/"),
         ([f"{CONFIG}:bit=4", "--workdir=x"], "cannot read 'bit=4': give 'float' or some of bits=4"),
+        ([f"{CONFIG}:bits=4,notation=4/4U", "--workdir=x"], "are both given: leave bits out"),
         ([f"{CONFIG}:bits=x", "--workdir=x"], "bits=x is not a whole number"),
         (
             [CONFIG, "--workdir=x", "--config.optimizer.learning_rat=1"],

@@ -54,6 +54,16 @@ def test_images_and_questions_have_a_table_each(tmp_path):
     assert "diagnostics" not in first["metrics"]
 
 
+def test_what_is_switched_off_is_not_what_is_not_known(tmp_path):
+    finished(tmp_path / "runs", "a", {"accuracy": 0.1}, test_accuracy=0.9, test_count=10)
+    path = tmp_path / "runs" / "a" / "result.json"
+    result = json.loads(path.read_text())
+    result["config"]["quant"]["narrow"] = False
+    path.write_text(json.dumps(result))
+    printed = collect.write(tmp_path / "runs", tmp_path / "all")
+    assert "| a | - | 4 | 4 | octav | - | False | 3 |" in printed
+
+
 def test_what_tested_nothing_is_in_the_json_alone(tmp_path):
     finished(tmp_path / "runs", "a", {}, fit=0.5)
     assert collect.write(tmp_path / "runs", tmp_path / "all").endswith("all.json: 1 runs")

@@ -130,6 +130,40 @@ def test_buckets_that_cannot_be_are_refused(folder, tmp_path, capsys, setting):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("dataset.length=25", "24 positions: pass --config.dataset.length=24 or less"),
+        ("model.size.vocabulary=16", "pass --config.model.size.vocabulary=17, or another"),
+        ("model.size.token_types=1", "pass --config.model.size.token_types=2"),
+        (
+            "dataset.validation_split=train.json[50:]",
+            "pass --config.dataset.train_split=train.json[:50]",
+        ),
+        ("optimizer.name=sgd", "'sgd' needs optimizer.momentum, which this config does not have"),
+        ("model.dtype=bf16", "model.dtype is 'bf16': give one of float32, bfloat16, float16"),
+        ("model.dtype=int8", "model.dtype is 'int8': give one of"),
+        ("dataset.num_threads=-1", "dataset.num_threads is -1: give 0 or more"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    folder, tmp_path, capsys, change, message
+):
+    arguments = command("train", folder, tmp_path / "run", f"--config.{change}")
+    assert cli.main(train.run, train.__doc__, arguments) == cli.WRONG_USAGE
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_questions_may_be_held_out(folder):
+    changes = [
+        "--config.dataset.train_split=train.json[::2]",
+        "--config.dataset.validation_split=train.json[1::2]",
+    ]
+    task = build.task(cli.parse(command("train", folder, "x", *changes)).config)
+    assert len(task.validation_source().questions) == 32
+
+
 def test_trained_weights_are_quantised_after_training(trained, folder, tmp_path):
     changes = [f"--config.model.pretrained={trained / train.WEIGHTS}"]
     arguments = command("ptq", folder, tmp_path / "float", *changes)
@@ -179,6 +213,30 @@ def test_a_run_from_before_bucketing_still_answers(trained, tmp_path, capsys):
         assert answer.main([f"--checkpoint={run}", text, "where was red?"]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != ""
+
+
+@pytest.mark.parametrize(("threshold", "answered"), [(-1000.0, False), (1000.0, True)])
+def test_a_run_that_knows_questions_without_answer_may_give_none(
+    trained, tmp_path, capsys, threshold, answered
+):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    content = json.loads((run / "config.json").read_text())
+    content["answers"]["null_threshold"] = threshold
+    (run / "config.json").write_text(json.dumps(content))
+    assert answer.main([f"--checkpoint={run}", "--context=red cat", "where was red?"]) == 0
+    said = capsys.readouterr().out
+    assert ("no answer: the context does not say" in said) is not answered
+    assert ("1. " in said) is answered
+
+
+def test_an_unfinished_run_does_not_answer(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "result.json").unlink()
+    arguments = [f"--checkpoint={run}", "--context=red cat", "where was red?"]
+    assert answer.main(arguments) == cli.WRONG_USAGE
+    assert "is not finished: repeat the command" in capsys.readouterr().err
 
 
 def test_an_answer_is_shown_where_it_stands_brackets_and_all(capsys):

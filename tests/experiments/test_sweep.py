@@ -59,6 +59,11 @@ def test_cells_are_runs_and_a_failing_one_stops_none(tmp_path, capsys):
     result = json.loads((workdir / "result.json").read_text())
     assert result["metrics"]["rows"][0]["runs"] == 3
 
+    # Killed between the last cell and the end.
+    (workdir / "result.json").unlink()
+    assert sweep.main(command(workdir, "--sweep.quant=bits=4", "--sweep.seed=0,1,2")) == 0
+    assert json.loads((workdir / "result.json").read_text())["metrics"] == result["metrics"]
+
 
 def test_a_sweep_that_is_stopped_saves_its_runs_and_goes_on(tmp_path):
     workdir = tmp_path / "sweep"
@@ -109,6 +114,11 @@ def test_gpus_are_dealt_out_among_processes(tmp_path, monkeypatch):
         (["--sweep.sede=0"], "sede=0: unknown config key 'sede': did you mean --config.seed?"),
         (["--sweep.seed=a"], "seed=a: "),
         (["--sweep.seed=0", "--sweep.seed=1"], "--sweep.seed is given twice"),
+        (
+            ["--sweep.seed=0,1", "--config.seed=5"],
+            "seed is swept and also given, by --config",
+        ),
+        (["--sweep.quant.narrow=True", "--noconfig.quant.narrow"], "leave one of them out"),
         (["--sweep=no.yaml"], "no.yaml does not exist"),
         (["--sweep.seed=0", "--jobs=0"], "jobs is 0: give at least 1"),
         (["--sweep.seed=0", "--jobs=x"], "see --help"),

@@ -276,6 +276,14 @@ def test_carried_thresholds_are_saved_and_taken_up_again(tmp_path):
         (["--config.dataset.data_dir=/nowhere", "--config.dataset.name=cifar10_local"], "/nowhere"),
         (["--config.dataset.test_split=tset"], "no split 'tset'"),
         (["--config.dataset.augment=flip"], "choose one of none, crop_flip"),
+        (["--config.model.num_classes=5"], "pass --config.model.num_classes=10"),
+        (
+            ["--config.dataset.validation_split=train[1000:]"],
+            "not be held out: pass --config.dataset.train_split=train[:1000]",
+        ),
+        (["--config.dataset.num_threads=-1"], "dataset.num_threads is -1: give 0 or more"),
+        (["--config.dataset.num_workers=-1"], "dataset.num_workers is -1: give 0 or more"),
+        (["--config.dataset.name=fake"], "'fake' needs dataset.size"),
         (["--config.dataset.mean=(0.5, 0.5)"], "dataset.mean needs one number for each"),
         (["--config.dataset.mean=abc"], "give one number a channel"),
         (["--config.model.in_channels=3"], "pass --config.model.in_channels=1"),
@@ -285,6 +293,12 @@ def test_carried_thresholds_are_saved_and_taken_up_again(tmp_path):
         ([*FOUR_BITS, "--config.quant.gradient=mat"], "there are ste, pwl, mad"),
         (["--config.quant.weight_bits=1"], "2 to 16 bits"),
         (["--config.optimizer.name=adam"], "choose sgd or adamw"),
+        (["--config.model.name=mobilenet_v2"], "is not for model.name 'mobilenet_v2' (got an unex"),
+        (["--config.model.name=bert"], "is not for model.name 'bert'"),
+        (["--config.seed=-1"], "seed is -1: give 0 to 4294967295"),
+        (["--config.average_decay=1.0"], "average_decay is 1.0: give at least 0 and less than 1"),
+        (["--config.average_decay=-0.1"], "average_decay is -0.1: give at least 0"),
+        (["--config.label_smoothing=-3"], "label_smoothing is -3.0: give at least 0 and less"),
         (["--config.schedule.name=cosin"], "choose constant, cosine, linear or step"),
         (["--config.total_epochs=0"], "the run has no step"),
         (["--config.log_every_steps=0"], "log_every must be at least 1"),
@@ -301,6 +315,22 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, capsys, 
     assert message in written
     assert written.count("\n") == 1
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["weight_bits=3", "narrow=False", "edge_bits=4", "edge_clipping=max", "shards=2"],
+)
+def test_what_a_notation_has_no_use_for_is_refused(tmp_path, capsys, setting):
+    arguments = command(
+        tmp_path / "run",
+        f"--config.quant.{setting}",
+        config="configs/digits.py:notation=4/4U/4/6",
+    )
+    assert cli.main(train.run, train.__doc__, arguments) == cli.WRONG_USAGE
+    key = setting.partition("=")[0]
+    assert f"quant.{key} changes nothing beside quant.notation 4/4U" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_config_of_another_main_is_refused(tmp_path, capsys):

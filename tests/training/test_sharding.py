@@ -93,6 +93,11 @@ def test_an_indivisible_batch_is_refused():
 
     with pytest.raises(ValueError, match=r"batch_size 10 .* 4 devices: choose .* such as 8"):
         Placement(FourDevices()).check_batch_size(10)
+    with pytest.raises(
+        ValueError, match=r"multiple of 16 \(devices times accumulate 4\), such as 32"
+    ):
+        Placement(FourDevices()).check_batch_size(44, 4)
+    Placement(FourDevices()).check_batch_size(48, 4)
 
 
 @pytest.mark.parametrize("fsdp", [0, 7])

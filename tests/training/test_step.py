@@ -15,6 +15,7 @@ from qat_jax.training.step import (
     make_eval_step,
     make_predict_step,
     make_train_step,
+    warmed_up,
 )
 from tests.training.tiny_training import eval_data, examples
 
@@ -116,6 +117,38 @@ def test_the_average_of_the_parameters_is_evaluated(lab, tmp_path):
         checkpoints.save(state, seconds=0.0)
         restored, _ = checkpoints.restore(state)
     jax.tree.map(np.testing.assert_array_equal, restored.average, state.average)
+
+
+def test_batch_statistics_are_averaged_with_the_parameters(lab, tmp_path):
+    graphdefs, state = create_state(lab.model(), lab.optimizer, averages=True)
+    settings = {"objective": lab.objective, "schedule": lab.schedule}
+    step = make_train_step(graphdefs, lab.optimizer, average_decay=warmed_up(0.2), **settings)
+    expected = jax.device_get((state.params, state.model_state["norm"]))
+    for number, decay in enumerate((1 / 10, 2 / 11, 0.2, 0.2)):
+        state, _ = step(state, examples(number, 8))
+        new = jax.device_get((state.params, state.model_state["norm"]))
+        expected = jax.tree.map(lambda o, n, d=decay: d * o + (1 - d) * n, expected, new)
+    model = restore_model(graphdefs, state)
+    found = (
+        nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+        {name: getattr(model.norm, name)[...] for name in ("mean", "var")},
+    )
+    jax.tree.map(lambda *a: np.testing.assert_allclose(*a, rtol=1e-5), found, expected)
+
+    # What is restored is judged and goes on alike.
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, seconds=0.0)
+        restored, _ = checkpoints.restore(state)
+    judge = make_eval_step(graphdefs, objective=lab.objective)
+    ours, theirs = (evaluate(judge, s, eval_data(), lab.devices) for s in (state, restored))
+    assert ours == theirs
+    after, again = (step(s, examples(9, 8))[0] for s in (state, restored))
+    jax.tree.map(np.testing.assert_array_equal, after.average_statistics, again.average_statistics)
+
+
+def test_an_average_forgets_a_share():
+    with pytest.raises(ValueError, match=r"average_decay is 1\.0: give at least 0 and less than 1"):
+        warmed_up(1.0)
 
 
 def test_the_input_state_is_donated_but_the_model_keeps_its_arrays(lab):
