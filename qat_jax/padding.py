@@ -44,7 +44,8 @@ def ignore_padding(mask: jax.Array | None) -> Iterator[None]:
             leading axes, and one of two axes, is left as it is.
 
     Raises:
-        ValueError: in a quantiser, where a compiled function is called inside.
+        ValueError: the mask is not bool [batch, length]; or, in a quantiser, a compiled function is
+            called inside.
 
     Example:
         >>> from flax import nnx
@@ -56,6 +57,11 @@ def ignore_padding(mask: jax.Array | None) -> Iterator[None]:
         >>> bool(same.all())
         True
     """
+    if mask is not None and (mask.ndim != 2 or mask.dtype != bool):
+        raise ValueError(
+            f"the mask is {mask.dtype} of shape {mask.shape}: give bool [batch, length], False for "
+            "padding, not that of an attention"
+        )
     traced = mask is not None and _is_tracing()
     token = _padding.set(_Padding(mask, traced))
     key = None if mask is None else object() if traced else "outside"
