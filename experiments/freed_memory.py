@@ -1,8 +1,8 @@
 """Memory that a step frees is kept for the next one, which saves a twelfth to a fifth on CPUs.
 
 XLA's CPU backend allocates what a step passes on anew every time. glibc takes gigabytes from the
-kernel for it and gives them back, and the kernel clears every page again. Batches of several lengths
-keep more than any of them needs (see docs/performance.md).
+kernel for it and gives them back, and the kernel clears every page again. Batches of several
+lengths keep more than any of them needs (see docs/performance.md).
 """
 
 import ctypes

@@ -125,7 +125,9 @@ def test_operands_without_padding_are_left_alone():
         np.testing.assert_array_equal(model(x), inside)
 
 
-@pytest.mark.parametrize("mask", [jnp.ones(6, bool), jnp.ones((2, 1, 1, 6), bool), jnp.ones((2, 6))])
+@pytest.mark.parametrize(
+    "mask", [jnp.ones(6, bool), jnp.ones((2, 1, 1, 6), bool), jnp.ones((2, 6))]
+)
 def test_other_masks_are_refused(mask):
     with (
         pytest.raises(ValueError, match=r"give bool \[batch, length\], False for padding"),
