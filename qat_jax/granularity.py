@@ -76,7 +76,7 @@ class Groups:
         """A compact array, ready to be multiplied with one of the original shape.
 
         Args:
-          scale: what `reduce` returned, or anything that broadcasts to ``shape``.
+          scale: what `reduce` returned, or anything that broadcasts to that or to ``shape``.
           shape: of the original array.
 
         Returns:
@@ -86,12 +86,11 @@ class Groups:
             return scale
         if self.runs > 1 and scale.shape[0] == self.runs:
             return jnp.repeat(scale, self._run_length(shape), axis=0)
-        if self.vector_size is None:
-            return scale
+        compact = self.compact_shape(shape)
+        if self.vector_size is None or any(scale.shape[a] != compact[a] for a in self.axes):
+            return scale  # not one number for each vector: it broadcasts as it is
         first, before, after = self._split(scale.shape)
         count = scale.shape[first]
-        if count == 1:
-            return scale
         length = self._length(shape)
         scale = scale.reshape(*before, count, 1, *after)
         scale = jnp.broadcast_to(scale, (*before, count, self.vector_size, *after))

@@ -11,7 +11,9 @@ from qat_jax import (
     Int,
     Octav,
     PerChannel,
+    PerShard,
     PerTensor,
+    PerVector,
     Quantizer,
     dequantize,
     fake_quant,
@@ -133,6 +135,57 @@ def test_codes_need_a_threshold_for_each_group():
     assert fake_quant(x, quantizer, channel_axis=0, threshold=2 * x).shape == (2, 3)
     with pytest.raises(ValueError, match=r"share scales of shape \(2, 1\)"):
         quantize(x, quantizer, channel_axis=0, threshold=2 * x)
+
+
+def test_thresholds_of_elements_stay_those_of_elements():
+    x = jnp.linspace(-1, 1, 32)
+    quantizer = Quantizer(Int(8, narrow=True), PerVector(16), AbsMax())
+    y = fake_quant(x, quantizer, vector_axis=0, threshold=jnp.ones(32).at[0].set(0.01))
+    np.testing.assert_allclose(y[0], -0.01, rtol=1e-6)
+    np.testing.assert_allclose(y[1:], x[1:], atol=1 / 254)
+    window = x.reshape(4, 2, 4)  # vectors of 3 through two axes
+    rows = jnp.full((4, 2, 1), 1.0).at[0].set(0.01)
+    thirds = Quantizer(Int(8, narrow=True), PerVector(3), AbsMax())
+    y = fake_quant(window, thirds, vector_axis=(0, 1), threshold=rows)
+    np.testing.assert_allclose(y[0], -0.01, rtol=1e-6)
+    np.testing.assert_allclose(y[1:], window[1:], atol=1 / 254)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "axes", "shape"),
+    [
+        (PerVector(16), {"vector_axis": 1}, (4, 4)),  # of vectors of 8
+        (PerVector(16), {"vector_axis": 1}, (2, 2)),
+        (PerVector(16), {"vector_axis": 1}, (32,)),
+        (PerChannel(), {"channel_axis": 0}, (4,)),
+        (PerChannel(), {"channel_axis": 0}, (5, 1)),
+        (PerShard(2), {}, (3, 1)),
+        (PerTensor(), {}, (31,)),
+    ],
+)
+def test_thresholds_that_go_with_nothing_are_refused(granularity, axes, shape):
+    x = jnp.ones((4, 32))
+    quantizer = Quantizer(Int(8), granularity, AbsMax())
+    for function in (fake_quant, quantize):
+        with pytest.raises(ValueError, match="give one threshold for each of those"):
+            function(x, quantizer, threshold=jnp.ones(shape), **axes)
+
+
+def test_thresholds_never_change_the_shape():
+    with pytest.raises(ValueError, match="give one threshold for each of those"):
+        fake_quant(jnp.ones((1, 4)), Quantizer(Int(4)), channel_axis=0, threshold=jnp.ones((3, 1)))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (4, 1), (1, 2), (4, 2), (2,), (1, 4, 2)])
+def test_thresholds_may_be_one_along_any_axis(shape):
+    x = jax.random.normal(jax.random.key(0), (4, 32))
+    quantizer = Quantizer(Int(8), PerVector(16), AbsMax())
+    given = jnp.arange(1.0, 1 + np.prod(shape, dtype=int)).reshape(shape)
+    y = fake_quant(x, quantizer, vector_axis=1, threshold=given)
+    expected = jnp.repeat(jnp.broadcast_to(given, (1, 4, 2))[0], 16, axis=1)
+    np.testing.assert_array_equal(y, fake_quant(x, quantizer, threshold=expected))
+    q = quantize(x, quantizer, vector_axis=1, threshold=given)
+    np.testing.assert_array_equal(dequantize(q), y)
 
 
 def test_fixed_thresholds_let_no_infinity_become_a_number():
