@@ -63,7 +63,8 @@ class FloatScale:
 
     Attributes:
       dtype: "float32" (wider for float64 arrays), "float16" or "bfloat16". The shorter ones round
-        the scale first; codes come from the rounded one.
+        the scale first, to at most their largest number; codes come from the rounded one, and
+        saturate.
     """
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -80,7 +81,8 @@ class FloatScale:
         step = exact_step(threshold, steps)
         if self.dtype == "float32":
             return StoredScale(step), step
-        stored = StoredScale(step.astype(self.dtype))
+        largest = jnp.finfo(self.dtype).max.astype(step.dtype)  # NaN is not more
+        stored = StoredScale(jnp.minimum(step, largest).astype(self.dtype))
         return stored, stored.step(step.dtype)
 
     @property
@@ -199,7 +201,8 @@ class E8M0:
     """Powers of two: the shared exponents of the OCP microscaling formats.
 
     The exponent is ⌊log2 threshold⌋ - ⌊log2 L⌋, at least -127 and at most 127; codes come from the
-    stored scale and saturate. With ``AbsMax`` this is the conversion of the OCP Microscaling
+    stored scale and saturate. Of float32 arrays those under 2**-127, a number that CPUs flush to 0,
+    are 0. With ``AbsMax`` this is the conversion of the OCP Microscaling
     Formats (MX) Specification 1.0, section 6.3.
     """
 
@@ -212,10 +215,10 @@ class E8M0:
         _, highest = jnp.frexp(jnp.asarray(steps, threshold.dtype))
         exponent = jnp.clip(exponent - highest, -127, 127)
         step = jnp.ldexp(jnp.ones_like(threshold), exponent)
-        step = jnp.where(threshold == 0, 2.0**-127, step)
+        step = jnp.where((threshold == 0) | (step < jnp.finfo(step.dtype).tiny), 0, step)
         step = jnp.where(jnp.isfinite(threshold), step, jnp.nan)
-        stored = StoredScale(step.astype(jnp.float8_e8m0fnu))
-        return stored, step
+        values = jnp.where(step == 0, 2.0**-127, step)  # the format has no 0
+        return StoredScale(values.astype(jnp.float8_e8m0fnu)), step
 
     @property
     def bits(self) -> int:
