@@ -235,7 +235,8 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
 
     Returns:
       A copy of the model that shares its arrays and quantises as the policy says. `report` tells
-      which layer got what.
+      which layer got what. Its quantisers are in evaluation mode if all dropouts and batch norms
+      of the model are, and there is one; otherwise in that of training, as modules begin.
 
     Raises:
       ValueError: if a rule matches no layer, or a matched layer already has an operation of its
@@ -257,9 +258,12 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
     replacements = {
         site.path: _replacement(site, placed[site.path]) for site in sites if site.path in placed
     }
+    evaluates = _evaluates(model)
     model = copy_model(model)
     for site in layer_sites(model):
         if (replacement := replacements.get(site.path)) is not None:
+            if evaluates:
+                replacement.eval()
             site.install(replacement)
     return model
 
@@ -384,8 +388,11 @@ def is_weight(operand: str) -> bool:
 
 
 def _operand_path(path: Iterable[str]) -> str:
-    hooks = {hook.attribute for hook in _HOOKS}
-    return "/".join(name for name in path if name not in hooks)
+    """The path of a quantiser without the injection point, which lies right above it."""
+    *layer, operand = path
+    if layer and layer[-1] in {hook.attribute for hook in _HOOKS}:  # others are the model's names
+        layer.pop()
+    return "/".join([*layer, operand])
 
 
 class _Hook(NamedTuple):
@@ -503,6 +510,17 @@ def layer_sites(model: nnx.Module) -> list[LayerSite]:
         if isinstance(node, hook.layer)
     ]
     return [site for _, site in sorted(found, key=lambda item: item[0])]
+
+
+def _evaluates(model: nnx.Module) -> bool:
+    """Whether there are modules that know of a mode, and all are in that of evaluation."""
+    modes = [
+        getattr(node, name, None)
+        for _, node in nnx.iter_graph(model)
+        for name in ("deterministic", "use_running_average")  # what Module.eval sets
+    ]
+    known = [mode for mode in modes if isinstance(mode, bool)]
+    return bool(known) and all(known)
 
 
 def copy_model(model: nnx.Module) -> nnx.Module:
