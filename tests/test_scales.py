@@ -237,6 +237,11 @@ def test_the_sign_of_all_of_x_holds_for_shorter_last_vectors():
 def test_wrong_options_name_the_right_ones():
     with pytest.raises(ValueError, match=r"IntScale\.codes is one of"):
         qj.IntScale(4, codes="exact")
+    with pytest.raises(ValueError, match='needs codes="stored"'):
+        qj.IntScale(4, order="coarse-first")
+    shards = vector_quantizer(qj.IntScale(4, coarse=qj.PerShard(2)))
+    with pytest.raises(ValueError, match=r"coarse is PerTensor\(\) or PerChannel\(\), not PerSh"):
+        qj.fake_quant(jnp.ones((8, 8)), shards, vector_axis=1)
     with pytest.raises(ValueError, match="2 to 16 bits"):
         qj.IntScale(1)
     with pytest.raises(ValueError, match="float32, float16 or bfloat16"):
