@@ -216,9 +216,9 @@ class PerVector:
     def groups(self, ndim: int, channel_axis: ChannelAxis, vector_axis: VectorAxis) -> Groups:
         """The vector axes, cut; all others have scales of their own."""
         del channel_axis
-        if vector_axis is None:
+        axes = () if vector_axis is None else normalize_axes(vector_axis, ndim)
+        if not axes:  # None, or an operand of which nothing is contracted
             raise ValueError("PerVector needs vector_axis: the axis along which vectors lie")
-        axes = normalize_axes(vector_axis, ndim)
         if axes != tuple(range(axes[0], axes[0] + len(axes))):
             raise ValueError(f"vectors run through adjacent axes, not {axes}: transpose the array")
         return Groups(axes, self.size)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import linen, nnx
 from flax.nnx.nn.attention import dot_product_attention, dot_product_attention_weights
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
@@ -239,6 +239,7 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
       of the model are, and there is one; otherwise in that of training, as modules begin.
 
     Raises:
+      TypeError: the model is of Linen, or the policy neither a policy nor a name.
       ValueError: if a rule matches no layer, or a matched layer already has an operation of its
         own in the place where the quantised one would go.
 
@@ -249,11 +250,12 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
       layer     type    weights                          activations
       layers/0  Linear  int8 narrow PerTensor Octav mad  auto8 narrow PerTensor Octav pwl
     """
+    if isinstance(model, linen.Module):
+        raise TypeError("the model is a Linen module: use qat_jax.linen.quantize_model")
     sites = layer_sites(model)
-    if isinstance(policy, str):
-        convolutions = [s.path for s in sites if isinstance(s.layer, nnx.Conv)]
-        linears = [s.path for s in sites if isinstance(s.layer, nnx.Linear | nnx.LinearGeneral)]
-        policy = preset_for_layers(policy, convolutions, linears)
+    convolutions = [s.path for s in sites if isinstance(s.layer, nnx.Conv)]
+    linears = [s.path for s in sites if isinstance(s.layer, nnx.Linear | nnx.LinearGeneral)]
+    policy = preset_for_layers(policy, convolutions, linears)
     placed = policy.place([site.path for site in sites])
     replacements = {
         site.path: _replacement(site, placed[site.path]) for site in sites if site.path in placed
