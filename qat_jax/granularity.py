@@ -13,6 +13,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 ChannelAxis = int | Sequence[int] | None
 VectorAxis = int | Sequence[int] | None
@@ -226,7 +227,8 @@ class PerVector:
 
 def normalize_axes(axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """Axes as sorted non-negative integers; a ValueError for one that the array lacks."""
-    wanted = (axes,) if isinstance(axes, int) else tuple(operator.index(axis) for axis in axes)
+    several = (axes,) if isinstance(axes, int | np.integer) else axes
+    wanted = tuple(operator.index(axis) for axis in several)
     for axis in wanted:
         if not -ndim <= axis < ndim:
             raise ValueError(f"axis {axis} does not exist in an array of {ndim} dimensions")

@@ -107,7 +107,7 @@ class Quantizer:
         if not (self.refines and isinstance(self.clipping, Refining)):
             raise ValueError(f"{self} finds every threshold from nothing: use `threshold`")
         groups = self.granularity.groups(x.ndim, channel_axis, None)
-        return self.clipping.refined(x, self.format, groups.axes, start)
+        return self.clipping.refined(jax.lax.stop_gradient(x), self.format, groups.axes, start)
 
 
 @jax.tree_util.register_dataclass
@@ -235,6 +235,7 @@ def _threshold(
     x: jax.Array, quantizer: Quantizer, channel_axis: ChannelAxis, vector_axis: VectorAxis
 ) -> jax.Array:
     groups = quantizer.granularity.groups(x.ndim, channel_axis, vector_axis)
+    x = jax.lax.stop_gradient(x)  # a rule of one's own may hold loops that have no derivative
 
     def search(format: Format) -> jax.Array:
         return groups.reduce(x, lambda x, axes: quantizer.clipping.threshold(x, format, axes))

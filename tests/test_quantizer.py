@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -257,3 +259,27 @@ def test_wrong_input_is_refused():
         fake_quant(jnp.arange(3), Quantizer(Int(4)))
     with pytest.raises(TypeError, match="floating-point arrays, not int32"):
         fake_quant(jnp.arange(3), Quantizer(Int(4)), threshold=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shrinking:
+    """A clipping rule with a loop that JAX cannot differentiate backwards."""
+
+    def threshold(self, x, format, axes):
+        s = jnp.max(jnp.abs(x), axes, keepdims=True)
+        return jax.lax.while_loop(lambda s: jnp.mean(jnp.abs(x) > s) < 0.1, lambda s: 0.9 * s, s)
+
+
+def test_no_gradient_enters_the_search():
+    x = jax.random.normal(jax.random.key(0), (100,))
+    quantizer = Quantizer(Int(4), clipping=Shrinking(), gradient="pwl")
+    found = jax.grad(lambda x: quantizer(x).sum())(x)
+    np.testing.assert_array_equal(found, jnp.abs(x) <= quantizer.threshold(x))
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 8, 3), (4, 0), (0,), (300, 0, 5)])
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel()])
+@pytest.mark.parametrize("clipping", [Octav(), AbsMax()])
+def test_of_nothing_becomes_nothing(shape, granularity, clipping):
+    quantizer = Quantizer(Int(4, signed=None), granularity, clipping)
+    assert quantizer(jnp.zeros(shape), 0).shape == shape
