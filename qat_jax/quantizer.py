@@ -217,7 +217,16 @@ def dequantize(q: QTensor) -> jax.Array:
 
     Returns:
       Floating-point array of q's shape and dtype.
+
+    Raises:
+      ValueError: the scales are not those of the codes, as in a stack of quantised arrays.
     """
+    compact = q.groups.compact_shape(q.shape)
+    if q.scale.shape != compact:
+        raise ValueError(
+            f"codes of shape {q.shape} have scales of shape {q.scale.shape}, not {compact}: of "
+            "arrays that jax.vmap or jax.lax.scan stacked, use jax.vmap(dequantize)"
+        )
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     step = q.groups.expand(StoredScale(q.scale, q.coarse).step(dtype), q.shape)
     return (q.codes.astype(dtype) * step).astype(q.dtype)

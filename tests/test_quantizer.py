@@ -283,3 +283,20 @@ def test_no_gradient_enters_the_search():
 def test_of_nothing_becomes_nothing(shape, granularity, clipping):
     quantizer = Quantizer(Int(4, signed=None), granularity, clipping)
     assert quantizer(jnp.zeros(shape), 0).shape == shape
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerVector(4), PerShard(2)])
+def test_stacks_of_quantised_arrays_are_not_taken_for_one(granularity):
+    x = jax.random.normal(jax.random.key(0), (8, 8, 8))
+    quantizer = Quantizer(Int(8, narrow=True), granularity, AbsMax())
+
+    def quantized(x):
+        return quantize(x, quantizer, channel_axis=0, vector_axis=1)
+
+    mapped = jax.vmap(quantized)(x)
+    _, scanned = jax.lax.scan(lambda carry, x: (carry, quantized(x)), 0, x)
+    expected = jnp.stack([dequantize(quantized(each)) for each in x])
+    for stacked in (mapped, scanned):
+        with pytest.raises(ValueError, match=r"use jax\.vmap\(dequantize\)"):
+            dequantize(stacked)
+        np.testing.assert_array_equal(jax.vmap(dequantize)(stacked), expected)
