@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -87,7 +88,8 @@ def reestimate_batch_norm(model: nnx.Module, batches: Iterable[jax.Array]) -> No
       batches: inputs of the model, one array each; sizes that differ are compiled separately.
 
     Raises:
-      ValueError: if there is no batch, or no batch norm in the model.
+      ValueError: if there is no batch, or one array in the place of batches, or no batch norm in
+        the model.
 
     Example:
       >>> model = nnx.Sequential(nnx.BatchNorm(1, rngs=nnx.Rngs(0)))
@@ -95,6 +97,8 @@ def reestimate_batch_norm(model: nnx.Module, batches: Iterable[jax.Array]) -> No
       >>> model.layers[0].mean[...], model.layers[0].var[...]
       (Array([4.], dtype=float32), Array([5.], dtype=float32))
     """
+    if isinstance(batches, jax.Array | np.ndarray):
+        raise ValueError("batches is one array: give a list of batches, [x] for one")
     pooling = copy_model(model)
     pooling.eval()
     pools = dict(_batch_norms(pooling))

@@ -109,7 +109,8 @@ def carry_thresholds(model: nnx.Module, *inputs: Any) -> tuple[str, ...]:
     operand once, mostly (`Octav.refined`). The first step begins with what a batch suggests, in a
     forward pass without quantisation. What is carried is a part of the model's state, as batch
     statistics are. In evaluation mode (``model.eval()``) thresholds are found from nothing, as
-    always, so that an answer does not depend on what was trained before it.
+    always, so that an answer does not depend on what was trained before it. A model without dropout
+    and batch norms shows no mode when it is quantised: call ``model.eval()`` after that.
 
     Carried are the thresholds of operands with one scale a tensor or a channel (weights only),
     whose clipping rule can `refine` and which are not frozen.

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qat_jax.clipping import accumulation_dtype
 from qat_jax.granularity import ChannelAxis, VectorAxis
 from qat_jax.quantizer import Quantizer, fake_quant
 
@@ -46,8 +47,10 @@ def fake_quant_with_diagnostics(
       The fake-quantised array, and its diagnostics, which no gradient flows into.
     """
     axes = {"channel_axis": channel_axis, "vector_axis": vector_axis}
+    x = jnp.asarray(x)
     if threshold is None:
         threshold = quantizer.threshold(x, **axes)
+    threshold = jnp.asarray(threshold, accumulation_dtype(x))
     y = fake_quant(x, quantizer, **axes, threshold=threshold)
     return y, diagnose(x, y, threshold, quantizer, **axes)
 

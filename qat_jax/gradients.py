@@ -2,7 +2,9 @@
 
 A rule maps (x, lower, upper, g) to the gradient of x, where g is the gradient of the quantised
 array and [lower, upper] is what the threshold s leaves unclipped: [-s, s], or [0, s] on an
-unsigned grid. Write your own as a function with that signature.
+unsigned grid; of a group of zeros lower and upper are both 0. Write your own as a function with
+that signature; x and g have x's dtype, the bounds at least float32, and what it returns is cast to
+that of g.
 """
 
 import math
@@ -83,7 +85,8 @@ def with_gradient(
 
     def backward_pass(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         x, threshold = residuals
-        return rule(x, *bounds(x, threshold), g), jnp.zeros_like(threshold)
+        found = rule(x, *bounds(x, threshold), g)  # the bounds promote half precision
+        return jnp.asarray(found, g.dtype), jnp.zeros_like(threshold)
 
     def forward_pass_of_pwl(x: jax.Array, threshold: jax.Array) -> tuple[jax.Array, tuple]:
         clipped = _is_clipped(x, *bounds(x, threshold))

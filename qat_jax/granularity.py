@@ -13,6 +13,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 ChannelAxis = int | Sequence[int] | None
 VectorAxis = int | Sequence[int] | None
@@ -76,7 +77,7 @@ class Groups:
         """A compact array, ready to be multiplied with one of the original shape.
 
         Args:
-          scale: what `reduce` returned, or anything that broadcasts to ``shape``.
+          scale: what `reduce` returned, or anything that broadcasts to that or to ``shape``.
           shape: of the original array.
 
         Returns:
@@ -86,12 +87,11 @@ class Groups:
             return scale
         if self.runs > 1 and scale.shape[0] == self.runs:
             return jnp.repeat(scale, self._run_length(shape), axis=0)
-        if self.vector_size is None:
-            return scale
+        compact = self.compact_shape(shape)
+        if self.vector_size is None or any(scale.shape[a] != compact[a] for a in self.axes):
+            return scale  # not one number for each vector: it broadcasts as it is
         first, before, after = self._split(scale.shape)
         count = scale.shape[first]
-        if count == 1:
-            return scale
         length = self._length(shape)
         scale = scale.reshape(*before, count, 1, *after)
         scale = jnp.broadcast_to(scale, (*before, count, self.vector_size, *after))
@@ -217,9 +217,9 @@ class PerVector:
     def groups(self, ndim: int, channel_axis: ChannelAxis, vector_axis: VectorAxis) -> Groups:
         """The vector axes, cut; all others have scales of their own."""
         del channel_axis
-        if vector_axis is None:
+        axes = () if vector_axis is None else normalize_axes(vector_axis, ndim)
+        if not axes:  # None, or an operand of which nothing is contracted
             raise ValueError("PerVector needs vector_axis: the axis along which vectors lie")
-        axes = normalize_axes(vector_axis, ndim)
         if axes != tuple(range(axes[0], axes[0] + len(axes))):
             raise ValueError(f"vectors run through adjacent axes, not {axes}: transpose the array")
         return Groups(axes, self.size)
@@ -227,7 +227,8 @@ class PerVector:
 
 def normalize_axes(axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """Axes as sorted non-negative integers; a ValueError for one that the array lacks."""
-    wanted = (axes,) if isinstance(axes, int) else tuple(operator.index(axis) for axis in axes)
+    several = (axes,) if isinstance(axes, int | np.integer) else axes
+    wanted = tuple(operator.index(axis) for axis in several)
     for axis in wanted:
         if not -ndim <= axis < ndim:
             raise ValueError(f"axis {axis} does not exist in an array of {ndim} dimensions")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
+from flax import nnx
 from jax import lax
 
 from qat_jax import ops
@@ -98,6 +99,7 @@ def quantize_model(
       The model under the policy.
 
     Raises:
+      TypeError: the model is of NNX, or the policy neither a policy nor a name.
       ValueError: if a rule matches no layer (it lists the paths there are), a matched layer already
         has an operation of its own in the place where the quantised one would go, or a layer runs
         inside ``nn.jit``.
@@ -109,11 +111,12 @@ def quantize_model(
       >>> model.apply(variables, jnp.ones((2, 4))).shape
       (2, 8)
     """
+    if isinstance(module, nnx.Module):
+        raise TypeError("the model is an NNX module: use qat_jax.quantize_model")
     sites = _sites(module, args, kwargs)
-    if isinstance(policy, str):
-        convolutions = [path for path, site in sites.items() if site.kind is nn.Conv]
-        dense = [path for path, site in sites.items() if site.kind in (nn.Dense, nn.DenseGeneral)]
-        policy = preset_for_layers(policy, convolutions, dense)
+    convolutions = [path for path, site in sites.items() if site.kind is nn.Conv]
+    dense = [path for path, site in sites.items() if site.kind in (nn.Dense, nn.DenseGeneral)]
+    policy = preset_for_layers(policy, convolutions, dense)
     placed = policy.place(list(sites))
     layers = tuple(_layer(path, site, placed.get(path, _ALONE)) for path, site in sites.items())
     return QuantizedModel(module, placed, Report(layers))

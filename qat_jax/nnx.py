@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import linen, nnx
 from flax.nnx.nn.attention import dot_product_attention, dot_product_attention_weights
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
@@ -235,9 +235,11 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
 
     Returns:
       A copy of the model that shares its arrays and quantises as the policy says. `report` tells
-      which layer got what.
+      which layer got what. Its quantisers are in evaluation mode if all dropouts and batch norms
+      of the model are, and there is one; otherwise in that of training, as modules begin.
 
     Raises:
+      TypeError: the model is of Linen, or the policy neither a policy nor a name.
       ValueError: if a rule matches no layer, or a matched layer already has an operation of its
         own in the place where the quantised one would go.
 
@@ -248,18 +250,22 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
       layer     type    weights                          activations
       layers/0  Linear  int8 narrow PerTensor Octav mad  auto8 narrow PerTensor Octav pwl
     """
+    if isinstance(model, linen.Module):
+        raise TypeError("the model is a Linen module: use qat_jax.linen.quantize_model")
     sites = layer_sites(model)
-    if isinstance(policy, str):
-        convolutions = [s.path for s in sites if isinstance(s.layer, nnx.Conv)]
-        linears = [s.path for s in sites if isinstance(s.layer, nnx.Linear | nnx.LinearGeneral)]
-        policy = preset_for_layers(policy, convolutions, linears)
+    convolutions = [s.path for s in sites if isinstance(s.layer, nnx.Conv)]
+    linears = [s.path for s in sites if isinstance(s.layer, nnx.Linear | nnx.LinearGeneral)]
+    policy = preset_for_layers(policy, convolutions, linears)
     placed = policy.place([site.path for site in sites])
     replacements = {
         site.path: _replacement(site, placed[site.path]) for site in sites if site.path in placed
     }
+    evaluates = _evaluates(model)
     model = copy_model(model)
     for site in layer_sites(model):
         if (replacement := replacements.get(site.path)) is not None:
+            if evaluates:
+                replacement.eval()
             site.install(replacement)
     return model
 
@@ -384,8 +390,11 @@ def is_weight(operand: str) -> bool:
 
 
 def _operand_path(path: Iterable[str]) -> str:
-    hooks = {hook.attribute for hook in _HOOKS}
-    return "/".join(name for name in path if name not in hooks)
+    """The path of a quantiser without the injection point, which lies right above it."""
+    *layer, operand = path
+    if layer and layer[-1] in {hook.attribute for hook in _HOOKS}:  # others are the model's names
+        layer.pop()
+    return "/".join([*layer, operand])
 
 
 class _Hook(NamedTuple):
@@ -503,6 +512,17 @@ def layer_sites(model: nnx.Module) -> list[LayerSite]:
         if isinstance(node, hook.layer)
     ]
     return [site for _, site in sorted(found, key=lambda item: item[0])]
+
+
+def _evaluates(model: nnx.Module) -> bool:
+    """Whether there are modules that know of a mode, and all are in that of evaluation."""
+    modes = [
+        getattr(node, name, None)
+        for _, node in nnx.iter_graph(model)
+        for name in ("deterministic", "use_running_average")  # what Module.eval sets
+    ]
+    known = [mode for mode in modes if isinstance(mode, bool)]
+    return bool(known) and all(known)
 
 
 def copy_model(model: nnx.Module) -> nnx.Module:

@@ -212,6 +212,8 @@ def _quantized(
 ) -> Any:
     if quantizer is None:
         return x
+    if not callable(quantizer):
+        raise TypeError(f"{quantizer!r} is no quantiser: give a Quantizer or another function")
     return quantizer(x, channel_axis=tuple(channel_axis), vector_axis=tuple(vector_axis) or None)
 
 

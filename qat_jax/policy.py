@@ -24,6 +24,10 @@ class Rule:
       weights: quantiser of the layer's kernel; None leaves it as it is.
       activations: quantiser of the layer's input, and of all four operands of attention's two
         matrix products; None leaves them as they are.
+
+    Raises:
+      TypeError: something is not of these types.
+      ValueError: the pattern is no regular expression.
     """
 
     pattern: str
@@ -31,6 +35,11 @@ class Rule:
     activations: Quantizer | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise TypeError(f'pattern is {self.pattern!r}: give a regular expression, such as ".*"')
+        for name in ("weights", "activations"):
+            if not isinstance(given := getattr(self, name), Quantizer | None):
+                raise TypeError(f"{name} is {given!r}: give a Quantizer, such as Quantizer(Int(4))")
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -117,6 +126,9 @@ class Policy:
     Attributes:
       rules: the rules, first match first.
 
+    Raises:
+      TypeError: these are not rules.
+
     Example:
       >>> w8, w4 = Quantizer(Int(8)), Quantizer(Int(4))
       >>> policy = Policy([Rule("stem", weights=w8), Rule(".*", weights=w4)])
@@ -127,7 +139,14 @@ class Policy:
     rules: Sequence[Rule]
 
     def __post_init__(self) -> None:
+        if isinstance(self.rules, str):
+            raise TypeError(f"a Policy has rules: for one of a name, write preset({self.rules!r})")
+        if isinstance(self.rules, Rule):
+            raise TypeError("rules is one rule: give a list of rules, [rule] for one")
         object.__setattr__(self, "rules", tuple(self.rules))
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise TypeError(f'{rule!r} is no rule: give rules, such as Rule(".*", weights=w4)')
 
     @classmethod
     def from_notation(
@@ -310,23 +329,33 @@ def _gradients(gradient: str | GradientRule) -> tuple[str | GradientRule, str | 
     return ("mad", "pwl") if gradient == "mph" else (gradient, gradient)
 
 
-def preset_for_layers(name: str, convolutions: Sequence[str], linears: Sequence[str]) -> Policy:
+def preset_for_layers(
+    policy: Policy | str, convolutions: Sequence[str], linears: Sequence[str]
+) -> Policy:
     """A named policy whose ends are the first convolution and the last linear layer.
 
     Args:
-      name: see `preset`.
+      policy: a name, see `preset`; or a policy, which stays what it is.
       convolutions: paths of the model's convolutions, in order.
       linears: paths of its linear layers, in order.
 
     Returns:
       The policy; an end that the model lacks has no rule.
 
+    Raises:
+      TypeError: it is neither.
+      ValueError: if there is no such preset.
+
     Example:
       >>> [rule.pattern for rule in preset_for_layers("octav-w4a4", ["stem", "body"], []).rules]
       ['stem', '.*']
     """
+    if isinstance(policy, Policy):
+        return policy
+    if not isinstance(policy, str):
+        raise TypeError(f"policy is {policy!r}: give a Policy, or the name of a preset")
     return preset(
-        name,
+        policy,
         first=re.escape(convolutions[0]) if convolutions else None,
         last=re.escape(linears[-1]) if linears else None,
     )

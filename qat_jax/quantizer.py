@@ -107,7 +107,7 @@ class Quantizer:
         if not (self.refines and isinstance(self.clipping, Refining)):
             raise ValueError(f"{self} finds every threshold from nothing: use `threshold`")
         groups = self.granularity.groups(x.ndim, channel_axis, None)
-        return self.clipping.refined(x, self.format, groups.axes, start)
+        return self.clipping.refined(jax.lax.stop_gradient(x), self.format, groups.axes, start)
 
 
 @jax.tree_util.register_dataclass
@@ -153,13 +153,17 @@ def fake_quant(
       quantizer: the description.
       channel_axis: the axis or axes with a scale each, for granularities that have them.
       vector_axis: the axis along which vectors lie, or several adjacent ones, for `PerVector`.
-      threshold: use these thresholds, one for each group or broadcastable to x, instead of
-        searching for them.
+      threshold: use these thresholds instead of searching for them: one for each group, as
+        `Quantizer.threshold` returns them, or one for all along some axes; or, with as many
+        dimensions as x, whatever broadcasts to x. Where no axis is named, their shape says it.
 
     Returns:
       An array of x's shape and dtype. A group whose threshold is 0 becomes 0; NaN and infinity
       become NaN, and so does, with a threshold found from the data, all of their group, and all
       of their coarse group where scales are quantised.
+
+    Raises:
+      ValueError: thresholds are given that go neither with the groups nor with x.
 
     Example:
       >>> x = jnp.array([-1.0, 0.1, 0.3, 0.9])
@@ -188,10 +192,13 @@ def quantize(
       quantizer: as for `fake_quant`.
       channel_axis: as for `fake_quant`.
       vector_axis: as for `fake_quant`.
-      threshold: as for `fake_quant`.
+      threshold: as for `fake_quant`, but of groups: codes have no scale for each element.
 
     Returns:
       Codes of x's shape with their scales.
+
+    Raises:
+      ValueError: thresholds are given that do not go with the groups.
 
     Example:
       >>> q = quantize(jnp.array([-1.0, 0.1, 0.3, 0.9]), Quantizer(Int(3)), threshold=1.0)
@@ -210,7 +217,16 @@ def dequantize(q: QTensor) -> jax.Array:
 
     Returns:
       Floating-point array of q's shape and dtype.
+
+    Raises:
+      ValueError: the scales are not those of the codes, as in a stack of quantised arrays.
     """
+    compact = q.groups.compact_shape(q.shape)
+    if q.scale.shape != compact:
+        raise ValueError(
+            f"codes of shape {q.shape} have scales of shape {q.scale.shape}, not {compact}: of "
+            "arrays that jax.vmap or jax.lax.scan stacked, use jax.vmap(dequantize)"
+        )
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     step = q.groups.expand(StoredScale(q.scale, q.coarse).step(dtype), q.shape)
     return (q.codes.astype(dtype) * step).astype(q.dtype)
@@ -228,6 +244,7 @@ def _threshold(
     x: jax.Array, quantizer: Quantizer, channel_axis: ChannelAxis, vector_axis: VectorAxis
 ) -> jax.Array:
     groups = quantizer.granularity.groups(x.ndim, channel_axis, vector_axis)
+    x = jax.lax.stop_gradient(x)  # a rule of one's own may hold loops that have no derivative
 
     def search(format: Format) -> jax.Array:
         return groups.reduce(x, lambda x, axes: quantizer.clipping.threshold(x, format, axes))
@@ -264,11 +281,8 @@ def _quantize(
 ) -> QTensor:
     threshold, groups = _grouped(x, quantizer, channel_axis, vector_axis, threshold)
     compact = groups.compact_shape(x.shape)
-    if any(size not in (1, of) for size, of in zip(threshold.shape, compact, strict=True)):
-        raise ValueError(
-            f"thresholds of shape {threshold.shape} do not go with codes that share "
-            f"scales of shape {compact}: give one threshold for each of those"
-        )
+    if not _broadcasts(threshold.shape, compact):
+        raise _misfit(threshold.shape, compact)
     threshold = jnp.broadcast_to(threshold, compact)
     # Codes cannot say that an element was not finite: its scale has to.
     finite = groups.reduce(
@@ -299,12 +313,32 @@ def _grouped(
         groups = quantizer.granularity.groups(x.ndim, channel_axis, vector_axis)
         return quantizer.threshold(x, channel_axis, vector_axis), groups
     threshold = jax.lax.stop_gradient(jnp.asarray(threshold, accumulation_dtype(x)))
+    given = threshold.shape
     threshold = _of_rank(threshold, x.ndim)
     by_axes = not isinstance(quantizer.granularity, PerShard)  # a shard is no index of an axis
     if by_axes and channel_axis is None and vector_axis is None:
         # The thresholds' own shape says it.
-        return threshold, Groups(tuple(a for a in range(x.ndim) if threshold.shape[a] == 1))
-    return threshold, quantizer.granularity.groups(x.ndim, channel_axis, vector_axis)
+        groups = Groups(tuple(a for a in range(x.ndim) if threshold.shape[a] == 1))
+    else:
+        groups = quantizer.granularity.groups(x.ndim, channel_axis, vector_axis)
+    compact = groups.compact_shape(x.shape)
+    # With fewer dimensions they would go to the last axes, whichever have the scales.
+    elementwise = len(given) >= x.ndim and _broadcasts(threshold.shape, x.shape)
+    if not (elementwise or _broadcasts(threshold.shape, compact)):
+        raise _misfit(given, compact)
+    return threshold, groups
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of a shape broadcasts to another one of the same rank."""
+    return all(size in (1, of) for size, of in zip(shape, to, strict=True))
+
+
+def _misfit(shape: tuple[int, ...], compact: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"thresholds of shape {shape} do not go with codes that share "
+        f"scales of shape {compact}: give one threshold for each of those"
+    )
 
 
 def _of_rank(threshold: jax.Array, ndim: int) -> jax.Array:

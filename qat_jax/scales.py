@@ -63,7 +63,8 @@ class FloatScale:
 
     Attributes:
       dtype: "float32" (wider for float64 arrays), "float16" or "bfloat16". The shorter ones round
-        the scale first; codes come from the rounded one.
+        the scale first, to at most their largest number; codes come from the rounded one, and
+        saturate.
     """
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -80,7 +81,8 @@ class FloatScale:
         step = exact_step(threshold, steps)
         if self.dtype == "float32":
             return StoredScale(step), step
-        stored = StoredScale(step.astype(self.dtype))
+        largest = jnp.finfo(self.dtype).max.astype(step.dtype)  # NaN is not more
+        stored = StoredScale(jnp.minimum(step, largest).astype(self.dtype))
         return stored, stored.step(step.dtype)
 
     @property
@@ -102,17 +104,21 @@ class IntScale:
 
     Attributes:
       bits: M, the bits of s_q: 2 to 16.
-      coarse: which vectors share γ. The paper's are ``PerChannel()`` for weights (the output
-        channel) and ``PerTensor()`` for activations (the layer).
+      coarse: which vectors share γ, by whole axes. The paper's are ``PerChannel()`` for weights
+        (the output channel) and ``PerTensor()`` for activations (the layer).
       clipping: the rule that finds t among the s of a coarse group; the paper's is the maximum.
       codes: what x is divided by. ``"float"``, the paper's: s, although s_q γ multiplies
         afterwards. ``"stored"``: s_q γ, with which x̂ is the number of the final grid that lies
         nearest to x.
       order: ``"vector-first"``, the paper's: s_q is s / γ rounded to the nearest integer.
         ``"coarse-first"``: the coarse scale is there first, and each vector takes the least
-        multiple of γ that clips nothing within its threshold, so s_q = ⌈s / γ⌉.
+        multiple of γ that clips nothing within its threshold, so s_q = ⌈s / γ⌉. With codes of s
+        that would make every vector longer, so it needs ``codes="stored"``.
       zero: of a scale that rounds to zero. ``"zero"``, the paper's: it is zero, and so is its
         vector, which an accelerator can skip. ``"one"``: it becomes 1.
+
+    Raises:
+      ValueError: an option is unknown, or does not go with the others.
 
     Example:
       >>> from qat_jax import Int, PerVector, Quantizer, quantize
@@ -134,6 +140,8 @@ class IntScale:
         for name, known in _OPTIONS.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"IntScale.{name} is one of {known}, not {getattr(self, name)!r}")
+        if self.order == "coarse-first" and self.codes == "float":
+            raise ValueError('order="coarse-first" needs codes="stored": s_q γ is never below s')
 
     def store(
         self, threshold: jax.Array, steps: ArrayLike, channel_axis: ChannelAxis
@@ -141,6 +149,8 @@ class IntScale:
         """s_q and γ; s or s_q γ."""
         step = exact_step(threshold, steps)
         groups = self.coarse.groups(step.ndim, channel_axis, None)
+        if groups.runs > 1 or groups.vector_size is not None:  # parts of an axis
+            raise ValueError(f"IntScale.coarse is PerTensor() or PerChannel(), not {self.coarse}")
         limit = groups.reduce(step, lambda x, axes: self.clipping.threshold(x, self._format, axes))
         grid = self._format.grid(step)
         coarse = exact_step(limit, grid.high)
@@ -199,7 +209,8 @@ class E8M0:
     """Powers of two: the shared exponents of the OCP microscaling formats.
 
     The exponent is ⌊log2 threshold⌋ - ⌊log2 L⌋, at least -127 and at most 127; codes come from the
-    stored scale and saturate. With ``AbsMax`` this is the conversion of the OCP Microscaling
+    stored scale and saturate. Of float32 arrays those under 2**-127, a number that CPUs flush to 0,
+    are 0. With ``AbsMax`` this is the conversion of the OCP Microscaling
     Formats (MX) Specification 1.0, section 6.3.
     """
 
@@ -212,10 +223,10 @@ class E8M0:
         _, highest = jnp.frexp(jnp.asarray(steps, threshold.dtype))
         exponent = jnp.clip(exponent - highest, -127, 127)
         step = jnp.ldexp(jnp.ones_like(threshold), exponent)
-        step = jnp.where(threshold == 0, 2.0**-127, step)
+        step = jnp.where((threshold == 0) | (step < jnp.finfo(step.dtype).tiny), 0, step)
         step = jnp.where(jnp.isfinite(threshold), step, jnp.nan)
-        stored = StoredScale(step.astype(jnp.float8_e8m0fnu))
-        return stored, step
+        values = jnp.where(step == 0, 2.0**-127, step)  # the format has no 0
+        return StoredScale(values.astype(jnp.float8_e8m0fnu)), step
 
     @property
     def bits(self) -> int:

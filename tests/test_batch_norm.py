@@ -310,7 +310,7 @@ def test_a_shared_batch_norm_pools_its_calls():
     model = Net(lambda net, x: net.bn(x) + net.bn(3 * x + 1), bn=batch_norm(4))
     model.bn.mean.set_value(jnp.full(4, jnp.nan))  # the old statistics do not matter
     batches = np.random.default_rng(0).normal(1, 2, (3, 64, 4))
-    reestimate_batch_norm(model, batches.astype(np.float32))
+    reestimate_batch_norm(model, list(batches.astype(np.float32)))
     pooled = np.stack([batches, 3 * batches + 1])
     np.testing.assert_allclose(model.bn.mean.get_value(), pooled.mean((0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(model.bn.var.get_value(), pooled.var((0, 1, 2)), rtol=1e-4)
@@ -346,6 +346,16 @@ def test_reestimation_helps_the_quantised_resnet20(cifar10_test, shared_data):
         return int(np.sum(predicted == labels))
 
     before = correct()
-    reestimate_batch_norm(model, batches)
+    reestimate_batch_norm(model, list(batches))
     after = correct()
     assert after > before + 150, (before, after)
+
+
+@pytest.mark.parametrize("batches", [normal(6, 4), np.ones((6, 4), np.float32)])
+def test_one_array_is_no_list_of_batches(batches):
+    """Its rows would be taken for batches, and the model would be lost."""
+    model = nnx.Sequential(batch_norm(4))
+    before = jax.tree.map(jnp.copy, nnx.state(model))
+    with pytest.raises(ValueError, match=r"give a list of batches, \[x\] for one"):
+        reestimate_batch_norm(model, batches)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)

@@ -42,6 +42,22 @@ def test_fixed_point(kind, bits):
     assert error(x, s, c) <= 1.001 * error(x, wanted, c) + 1e-9
 
 
+MANY = 60_000
+SPARSE = {
+    "15 of a normal": np.where(np.arange(MANY) % 4000 == 0, np.abs(RNG.normal(size=MANY)), 0),
+    "9 beside small ones": np.r_[np.geomspace(50, 1e3, 9), 1e-4 * RNG.uniform(size=MANY)],
+}
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_fixed_points_of_thousands_of_means(kind, bits):
+    """Of all elements, or even of those that are not zero."""
+    x, c = SPARSE[kind], CONSTANTS[bits]
+    s = bracketed(jnp.asarray(x, jnp.float32), (0,), jnp.float32(c))[0]
+    np.testing.assert_allclose(s, octav_reference.newton(x, c, iterations=500), rtol=0.005)
+
+
 @pytest.mark.parametrize("axes", [(0,), (1,), (0, 2), (1, 2), (0, 1, 2)])
 def test_groups(axes):
     """Each is found as if alone, whichever axes it lies along."""

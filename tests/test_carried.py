@@ -158,3 +158,30 @@ def test_what_cannot_carry():
     qj.calibrate(frozen, [batch(0)])
     with pytest.raises(ValueError, match="do not freeze"):
         qj.carry_thresholds(frozen, batch(0))
+
+
+def test_an_evaluating_model_quantises_in_evaluation():
+    """Else an answer would depend on the one before, and nothing could be traced."""
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(8, 8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+    model.eval()
+    model = qj.quantize_model(model, "octav-w4a4")
+    x = jax.random.normal(jax.random.key(0), (16, 8))
+    carrying = qj.carry_thresholds(model, x)
+    carried = [operand_quantizers(model)[path].carried[...] for path in carrying]
+    first = jax.jit(lambda x: model(x))(x)
+    model(50 * x)
+    np.testing.assert_array_equal(jax.jit(lambda x: model(x))(x), first)
+    for path, before in zip(carrying, carried, strict=True):
+        np.testing.assert_array_equal(operand_quantizers(model)[path].carried[...], before)
+    model.train()
+    assert not any(quantizer.deterministic for quantizer in operand_quantizers(model).values())
+
+
+@pytest.mark.parametrize("modes", [(), (False,), (True, False)])
+def test_other_models_quantise_in_training(modes):
+    rngs = nnx.Rngs(0)
+    dropouts = [nnx.Dropout(0.5, deterministic=mode, rngs=rngs) for mode in modes]
+    model = nnx.Sequential(nnx.Linear(8, 8, rngs=rngs), *dropouts)
+    quantizers = operand_quantizers(qj.quantize_model(model, "octav-w4a4"))
+    assert not any(quantizer.deterministic for quantizer in quantizers.values())

@@ -55,3 +55,12 @@ def test_half_precision_arrays_and_gradients():
     gradient, found = jax.grad(loss, has_aux=True)(x)
     np.testing.assert_array_equal(gradient, jax.grad(lambda x: jnp.sum(quantizer(x)))(x))
     assert all(leaf.dtype == jnp.float32 for leaf in found)
+
+
+def test_numbers_and_lists_serve_as_arrays():
+    quantizer = qj.Quantizer(qj.Int(3, narrow=True))
+    x = [-1.0, 0.1, 0.3, 0.9]
+    y, found = qj.fake_quant_with_diagnostics(x, quantizer, threshold=0.75)
+    np.testing.assert_array_equal(y, qj.fake_quant(x, quantizer, threshold=0.75))
+    assert found.threshold_over_max == 0.75
+    assert found.clipped_fraction == 0.5

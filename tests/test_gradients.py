@@ -1,8 +1,12 @@
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qat_jax
 from qat_jax import Int, Quantizer, fake_quant
 from qat_jax.gradients import pwl
 
@@ -76,6 +80,32 @@ def test_dtypes_are_kept(dtype, rule):
     x = jnp.array([0.5, 3.0], dtype)
     found = jax.grad(lambda x: fake_quant(x, Quantizer(Int(4), gradient=rule), threshold=1.0).sum())
     assert found(x).dtype == dtype
+
+
+@pytest.fixture(scope="module")
+def documented_rule():
+    """The rule of one's own in docs/mad.md."""
+    text = (Path(__file__).parents[1] / "docs" / "mad.md").read_text()
+    names = {"qj": qat_jax}
+    exec(re.search(r"```python\n(import jax.*?)```", text, re.DOTALL)[1], names)
+    return names["soft_clip"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_rules_of_ones_own_keep_dtypes(dtype, documented_rule):
+    """Else no loop can carry x, and no sum of two gradients of it works."""
+    x = jnp.array([0.5, 3.0], dtype)
+    quantizer = Quantizer(Int(4), gradient=documented_rule)
+    found = jax.grad(lambda x: fake_quant(x, quantizer, threshold=1.0).sum())(x)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found.astype(jnp.float32), [1, 0.5], rtol=1e-2)
+    jax.grad(lambda x: (fake_quant(jnp.tanh(x), quantizer) + x).sum())(x)
+
+
+def test_the_documented_rule_divides_no_zero_by_zero(documented_rule):
+    quantizer = Quantizer(Int(4), gradient=documented_rule)
+    found = jax.grad(lambda x: quantizer(x).sum())(jnp.zeros(3))
+    np.testing.assert_array_equal(found, np.ones(3))
 
 
 def test_residuals_are_the_array_and_its_threshold():

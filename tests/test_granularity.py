@@ -104,3 +104,8 @@ def test_vectors_need_an_axis():
         PerVector(4).groups(2, 0, None)
     with pytest.raises(ValueError, match="adjacent axes"):
         PerVector(4).groups(3, None, (0, 2))
+
+
+def test_axes_may_be_numpys():
+    x = jnp.arange(6.0).reshape(2, 3)
+    np.testing.assert_array_equal(qj.octav(x, qj.Int(4), np.int64(0)), qj.octav(x, qj.Int(4), 0))

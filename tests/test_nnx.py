@@ -215,6 +215,34 @@ def test_shared_layers_are_quantised_once():
     assert sorted(found) == ["a/activations", "a/activations/1", "a/weights", "a/weights/1"]
 
 
+def test_attributes_named_as_flax_names_operations():
+    """They belong to the paths of layers and operands like any other."""
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.attention_fn = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+            self.dot_general = nnx.Linear(8, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dot_general(self.attention_fn(x))
+
+    model = qj.quantize_model(Block(nnx.Rngs(0)), "octav-w4a4")
+    x = normal(2, 5, 8)
+    expected = [
+        *(f"attention_fn/{name}" for name in ("query", "key", "attention_weights", "value")),
+        *(
+            f"attention_fn/{layer}/{operand}"
+            for layer in ("query", "key", "value", "out")
+            for operand in ("activations", "weights")
+        ),
+        *(f"dot_general/{operand}" for operand in ("activations", "weights")),
+    ]
+    assert sorted(qj.operand_quantizers(model)) == sorted(expected)
+    _, captured = nnx.capture(model, qj.Diagnostic)(x)
+    assert sorted(qj.diagnostics_by_layer(captured)) == sorted(expected)
+    assert set(qj.calibrate(model, [x])) == set(expected)
+
+
 def test_training_step_with_diagnostics_inside_jit_and_grad():
     model = qj.quantize_model(Net(nnx.Rngs(0)), "octav-w4a4")
     graphdef, params = nnx.split(model, nnx.Param)

@@ -1,10 +1,17 @@
+import jax.numpy as jnp
 import pytest
+from flax import linen as nn
+from flax import nnx
 
+import qat_jax as qj
 from qat_jax import AbsMax, Int, Octav, PerChannel, PerTensor, Policy, Quantizer, Rule
+from qat_jax.linen import quantize_model as quantize_linen
 from qat_jax.policy import preset, uniform_policy
 
 PATHS = ["stem", "blocks/0/conv", "blocks/1/conv", "head"]
 W8, W4 = Quantizer(Int(8)), Quantizer(Int(4))
+LAYER = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+ROW = jnp.ones((1, 4))
 
 
 def test_the_first_match_decides_and_patterns_match_whole_paths():
@@ -62,3 +69,35 @@ def test_unknown_presets_teach_the_grammar(name):
         preset(name)
     with pytest.raises(ValueError, match="Int has 2 to 16 bits"):
         preset("octav-w1a4")
+
+
+@pytest.mark.parametrize(
+    ("make", "mend"),
+    [
+        (lambda: qj.Rule(".*", weights=qj.Int(4)), "weights is Int.* give a Quantizer"),
+        (lambda: qj.Rule(".*", activations="max-w4a4"), "activations is .* give a Quantizer"),
+        (lambda: qj.Rule(qj.Quantizer(qj.Int(4))), "pattern is .* give a regular expression"),
+        (lambda: qj.Policy("octav-w4a4"), r"write preset\('octav-w4a4'\)"),
+        (lambda: qj.Policy(qj.Rule(".*")), r"\[rule\] for one"),
+        (lambda: qj.Policy([qj.Quantizer(qj.Int(4))]), "is no rule: give rules"),
+        (lambda: qj.quantize_model(LAYER, [qj.Rule(".*")]), "policy is .* give a Policy"),
+        (lambda: quantize_linen(nn.Dense(3), [qj.Rule(".*")], ROW), "policy is .* give a Policy"),
+        (lambda: qj.quantize_model(nn.Dense(3), "max-w4a4"), r"use qat_jax\.linen\.quantize_model"),
+        (lambda: quantize_linen(LAYER, "max-w4a4", ROW), r"use qat_jax\.quantize_model"),
+        (lambda: qj.einsum("ab,bc->ac", ROW, jnp.ones((4, 2)), lhs="max-w4a4"), "give a Quantizer"),
+    ],
+)
+def test_the_wrong_kind_of_thing_names_the_right_one(make, mend):
+    with pytest.raises(TypeError, match=mend) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_einsum_layers_without_contraction_have_no_vectors():
+    policy = qj.Policy(
+        [qj.Rule(".*", activations=qj.Quantizer(qj.Int(4), qj.PerVector(16), qj.AbsMax()))]
+    )
+    layer = nn.Einsum((3, 4), "bi,jo->bijo", use_bias=False)
+    model = quantize_linen(layer, policy, jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="PerVector needs vector_axis"):
+        model.apply({"params": {"kernel": jnp.ones((3, 4))}}, jnp.ones((2, 3)))

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,9 @@ from qat_jax import (
     Int,
     Octav,
     PerChannel,
+    PerShard,
     PerTensor,
+    PerVector,
     Quantizer,
     dequantize,
     fake_quant,
@@ -135,6 +139,57 @@ def test_codes_need_a_threshold_for_each_group():
         quantize(x, quantizer, channel_axis=0, threshold=2 * x)
 
 
+def test_thresholds_of_elements_stay_those_of_elements():
+    x = jnp.linspace(-1, 1, 32)
+    quantizer = Quantizer(Int(8, narrow=True), PerVector(16), AbsMax())
+    y = fake_quant(x, quantizer, vector_axis=0, threshold=jnp.ones(32).at[0].set(0.01))
+    np.testing.assert_allclose(y[0], -0.01, rtol=1e-6)
+    np.testing.assert_allclose(y[1:], x[1:], atol=1 / 254)
+    window = x.reshape(4, 2, 4)  # vectors of 3 through two axes
+    rows = jnp.full((4, 2, 1), 1.0).at[0].set(0.01)
+    thirds = Quantizer(Int(8, narrow=True), PerVector(3), AbsMax())
+    y = fake_quant(window, thirds, vector_axis=(0, 1), threshold=rows)
+    np.testing.assert_allclose(y[0], -0.01, rtol=1e-6)
+    np.testing.assert_allclose(y[1:], window[1:], atol=1 / 254)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "axes", "shape"),
+    [
+        (PerVector(16), {"vector_axis": 1}, (4, 4)),  # of vectors of 8
+        (PerVector(16), {"vector_axis": 1}, (2, 2)),
+        (PerVector(16), {"vector_axis": 1}, (32,)),
+        (PerChannel(), {"channel_axis": 0}, (4,)),
+        (PerChannel(), {"channel_axis": 0}, (5, 1)),
+        (PerShard(2), {}, (3, 1)),
+        (PerTensor(), {}, (31,)),
+    ],
+)
+def test_thresholds_that_go_with_nothing_are_refused(granularity, axes, shape):
+    x = jnp.ones((4, 32))
+    quantizer = Quantizer(Int(8), granularity, AbsMax())
+    for function in (fake_quant, quantize):
+        with pytest.raises(ValueError, match="give one threshold for each of those"):
+            function(x, quantizer, threshold=jnp.ones(shape), **axes)
+
+
+def test_thresholds_never_change_the_shape():
+    with pytest.raises(ValueError, match="give one threshold for each of those"):
+        fake_quant(jnp.ones((1, 4)), Quantizer(Int(4)), channel_axis=0, threshold=jnp.ones((3, 1)))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (4, 1), (1, 2), (4, 2), (2,), (1, 4, 2)])
+def test_thresholds_may_be_one_along_any_axis(shape):
+    x = jax.random.normal(jax.random.key(0), (4, 32))
+    quantizer = Quantizer(Int(8), PerVector(16), AbsMax())
+    given = jnp.arange(1.0, 1 + np.prod(shape, dtype=int)).reshape(shape)
+    y = fake_quant(x, quantizer, vector_axis=1, threshold=given)
+    expected = jnp.repeat(jnp.broadcast_to(given, (1, 4, 2))[0], 16, axis=1)
+    np.testing.assert_array_equal(y, fake_quant(x, quantizer, threshold=expected))
+    q = quantize(x, quantizer, vector_axis=1, threshold=given)
+    np.testing.assert_array_equal(dequantize(q), y)
+
+
 def test_fixed_thresholds_let_no_infinity_become_a_number():
     x = jnp.array([[0.5, jnp.inf], [jnp.nan, -jnp.inf], [0.5, 9.0]])
     quantizer = Quantizer(Int(4, narrow=True), PerChannel(), Fixed(1.0))
@@ -204,3 +259,44 @@ def test_wrong_input_is_refused():
         fake_quant(jnp.arange(3), Quantizer(Int(4)))
     with pytest.raises(TypeError, match="floating-point arrays, not int32"):
         fake_quant(jnp.arange(3), Quantizer(Int(4)), threshold=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shrinking:
+    """A clipping rule with a loop that JAX cannot differentiate backwards."""
+
+    def threshold(self, x, format, axes):
+        s = jnp.max(jnp.abs(x), axes, keepdims=True)
+        return jax.lax.while_loop(lambda s: jnp.mean(jnp.abs(x) > s) < 0.1, lambda s: 0.9 * s, s)
+
+
+def test_no_gradient_enters_the_search():
+    x = jax.random.normal(jax.random.key(0), (100,))
+    quantizer = Quantizer(Int(4), clipping=Shrinking(), gradient="pwl")
+    found = jax.grad(lambda x: quantizer(x).sum())(x)
+    np.testing.assert_array_equal(found, jnp.abs(x) <= quantizer.threshold(x))
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 8, 3), (4, 0), (0,), (300, 0, 5)])
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel()])
+@pytest.mark.parametrize("clipping", [Octav(), AbsMax()])
+def test_of_nothing_becomes_nothing(shape, granularity, clipping):
+    quantizer = Quantizer(Int(4, signed=None), granularity, clipping)
+    assert quantizer(jnp.zeros(shape), 0).shape == shape
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerVector(4), PerShard(2)])
+def test_stacks_of_quantised_arrays_are_not_taken_for_one(granularity):
+    x = jax.random.normal(jax.random.key(0), (8, 8, 8))
+    quantizer = Quantizer(Int(8, narrow=True), granularity, AbsMax())
+
+    def quantized(x):
+        return quantize(x, quantizer, channel_axis=0, vector_axis=1)
+
+    mapped = jax.vmap(quantized)(x)
+    _, scanned = jax.lax.scan(lambda carry, x: (carry, quantized(x)), 0, x)
+    expected = jnp.stack([dequantize(quantized(each)) for each in x])
+    for stacked in (mapped, scanned):
+        with pytest.raises(ValueError, match=r"use jax\.vmap\(dequantize\)"):
+            dequantize(stacked)
+        np.testing.assert_array_equal(jax.vmap(dequantize)(stacked), expected)

@@ -171,6 +171,28 @@ def test_what_is_not_finite_is_not_hidden(name):
         np.testing.assert_array_equal(jnp.isnan(restored), jnp.isnan(y))
 
 
+@pytest.mark.parametrize("name", [*OCP, "mxint8"])
+@pytest.mark.parametrize("exponent", range(-40, -31))
+def test_finite_numbers_stay_finite(name, exponent):
+    """However small: the scale of the least ones is subnormal, which a processor may flush to 0."""
+    x = jnp.ones((2, 32)).at[0].set(10.0**exponent)
+    quantizer = qj.preset(name).rules[0].weights
+    y = qj.fake_quant(x, quantizer, vector_axis=1)
+    assert jnp.isfinite(y).all()
+    assert jnp.abs(y[0] - x[0]).max() <= max(x[0, 0], jnp.finfo(jnp.float32).tiny)
+    np.testing.assert_array_equal(y[1], x[1])
+    np.testing.assert_array_equal(qj.dequantize(qj.quantize(x, quantizer, vector_axis=1)), y)
+
+
+def test_short_scales_have_a_largest_number():
+    quantizer = qj.Quantizer(
+        qj.Int(2, narrow=True), clipping=qj.AbsMax(), scale=qj.FloatScale("float16")
+    )
+    x = jnp.array([1e6, -2e5, 1e3])
+    np.testing.assert_array_equal(qj.fake_quant(x, quantizer), [65504, -65504, 0])
+    assert jnp.isnan(qj.fake_quant(x.at[0].set(jnp.inf), quantizer)).all()
+
+
 @pytest.mark.parametrize("scale", [qj.IntScale(4), qj.E4M3(), qj.E8M0()])
 def test_gradients_pass_through_stored_scales(scale):
     x = jax.random.normal(jax.random.key(0), (6, 20))
@@ -215,6 +237,11 @@ def test_the_sign_of_all_of_x_holds_for_shorter_last_vectors():
 def test_wrong_options_name_the_right_ones():
     with pytest.raises(ValueError, match=r"IntScale\.codes is one of"):
         qj.IntScale(4, codes="exact")
+    with pytest.raises(ValueError, match='needs codes="stored"'):
+        qj.IntScale(4, order="coarse-first")
+    shards = vector_quantizer(qj.IntScale(4, coarse=qj.PerShard(2)))
+    with pytest.raises(ValueError, match=r"coarse is PerTensor\(\) or PerChannel\(\), not PerSh"):
+        qj.fake_quant(jnp.ones((8, 8)), shards, vector_axis=1)
     with pytest.raises(ValueError, match="2 to 16 bits"):
         qj.IntScale(1)
     with pytest.raises(ValueError, match="float32, float16 or bfloat16"):

@@ -28,7 +28,7 @@ Loop = Callable[[int, Callable[[jax.Array, Any], Any], Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """The global minimum of Σ (x - x̂)² over all thresholds, on the format's own codes.
+    """The global minimum of Σ (x - x̂)² over all thresholds, on the format's own codes, or near it.
 
     As the step Δ shrinks, the codes q of a group change only at breakpoints Δ = |x| / m, with m a
     middle between two codes. In between, the best step is Δ + Σ r q / Σ q², where r = x - Δ q, and
@@ -40,7 +40,9 @@ class Exact:
       magnitudes: beyond that, clipping the largest costs more than all the others are worth.
       Groups of more than 16,386 elements do so on a histogram of bins 1/512 of an octave wide,
       which takes about as long whatever their size. Three refits of the step to the data follow.
-      The error is within 1 % of the least.
+      On Gaussian data the error is within 1 % of the least at up to 6 bits. At 8 the minima lie
+      closer than the candidates: at worst it is 38 % beyond the least in groups of 33 elements,
+      18 % of 64, 9 % of 256, 3 % of 1,024 and 2 % of 8,192, half of the time at most 2 %.
     """
 
     def threshold(self, x: jax.Array, format: Format, axes: tuple[int, ...]) -> jax.Array:

@@ -70,7 +70,7 @@ def groups_last(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     kept = tuple(axis for axis in range(x.ndim) if axis not in axes)
     x = x.transpose(kept + axes)
     while x.ndim > len(kept) + 2 and x.shape[-1] < _SHORT:
-        x = x.reshape(*x.shape[:-2], -1)
+        x = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
     for axis in reversed(range(len(kept), x.ndim)):
         if x.shape[axis] > _BLOCK:
             x = _split(x, axis, _block(x.shape[axis]))
