@@ -99,7 +99,8 @@ def quantize_model(
       The model under the policy.
 
     Raises:
-      TypeError: the model is of NNX, or the policy neither a policy nor a name.
+      TypeError: the model is of NNX or quantised already, or the policy neither a policy nor a
+        name.
       ValueError: if a rule matches no layer (it lists the paths there are), a matched layer already
         has an operation of its own in the place where the quantised one would go, or a layer runs
         inside ``nn.jit``.
@@ -113,6 +114,8 @@ def quantize_model(
     """
     if isinstance(module, nnx.Module):
         raise TypeError("the model is an NNX module: use qat_jax.quantize_model")
+    if isinstance(module, QuantizedModel):
+        raise TypeError("the model is quantised already: give its float model, .module")
     sites = _sites(module, args, kwargs)
     convolutions = [path for path, site in sites.items() if site.kind is nn.Conv]
     dense = [path for path, site in sites.items() if site.kind in (nn.Dense, nn.DenseGeneral)]

@@ -262,3 +262,12 @@ def test_a_call_of_the_superclass_quantises_once(layer, subclass):
         for net in (layer, subclass)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), y, sown)
+
+
+def test_a_quantised_model_is_not_quantised_again():
+    x = jnp.ones((2, 4))
+    model = qlinen.quantize_model(nn.Dense(3), "max-w8a8", x)
+    with pytest.raises(TypeError, match=r"quantised already: give its float model, \.module"):
+        qlinen.quantize_model(model, "max-w4a4", x)
+    again = qlinen.quantize_model(model.module, qj.uniform_policy(2, 2), x)
+    assert again.report.layers[0].weights.format.bits == 2
