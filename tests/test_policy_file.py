@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import qat_jax as qj
 from experiments import cli, policy
+from qat_jax.models import CifarResNet
 from tests import my_rules
 
 PRESETS = (
@@ -187,3 +188,16 @@ def test_the_command_line_teaches():
     )
     assert done.returncode == 0
     assert "vsquant-4/4U/4/6 > mine.yaml" in done.stdout
+
+
+def test_a_preset_in_a_file_is_that_of_its_name(tmp_path, capsys):
+    model = CifarResNet(8, in_channels=1, width=4, rngs=nnx.Rngs(0))
+    ends = ["--first=conv1", "--last=linear"]
+    assert policy.main(["octav-w4a4", *ends]) == 0
+    path = tmp_path / "mine.yaml"
+    path.write_text(capsys.readouterr().out)
+    named = qj.report(qj.quantize_model(model, "octav-w4a4"))
+    from_file = qj.report(qj.quantize_model(model, qj.load_policy(path)))
+    assert from_file == named
+    assert policy.main(["octav-w4a4", str(path), *ends]) == 0
+    assert policy.main(["octav-w4a4", str(path)]) == 1
