@@ -2,7 +2,7 @@
 
 Usage:
     python -m experiments.export --checkpoint=RUN --format=FORMAT --out=FILE \
-        [--integers] [--batch-size=N]
+        [--integers] [--batch-size=N] [--calibrate=BATCHES]
 
 RUN is the folder of a finished run of experiments.train or experiments.ptq with fewer than 32 bits.
 
@@ -15,11 +15,13 @@ RUN is the folder of a finished run of experiments.train or experiments.ptq with
 
 Programs and graphs take batches of any size where no threshold of an activation is searched for in
 the batch itself (train with quant.static_batches, calibrate with calibration.batches, or use one
-scale a vector), programs else batches of --batch-size. With --integers a program multiplies and
-adds integers.
+scale a vector), programs else batches of --batch-size. --calibrate freezes those of a network that
+was trained with such searches, on so many batches of its training data. With --integers a program
+multiplies and adds integers.
 
-Example:
+Examples:
     python -m experiments.export --checkpoint=runs/ptq-4 --format=safetensors --out=net.safetensors
+    python -m experiments.export --checkpoint=runs/qat-4 --calibrate=5 --format=onnx --out=net.onnx
 """
 
 import argparse
@@ -33,6 +35,7 @@ from ml_collections import ConfigDict
 
 from experiments import build, cli, runs, tasks
 from qat_jax.batch_norm import fold_batch_norm
+from qat_jax.calibration import calibrate as freeze_thresholds
 from qat_jax.export import load_packed, save_packed, save_stablehlo
 from qat_jax.integer import integer_model, pack_model
 from qat_jax.nnx import operand_quantizers, quantize_model
@@ -42,14 +45,17 @@ from qat_jax.training.workdir import Workdir, WorkdirError
 FORMATS = ("safetensors", "stablehlo", "onnx")
 
 
-def packed_model(run: Path) -> tuple[nnx.Module, tuple[jax.Array, ...]]:
+def packed_model(run: Path, calibrate: int = 0) -> tuple[nnx.Module, tuple[jax.Array, ...]]:
     """The quantised network of a finished run, packed, and an example of its inputs or a few.
 
     Args:
         run: the run folder.
+        calibrate: on how many batches of training data its thresholds are frozen; 0: they stay as
+            they are.
 
     Raises:
-        cli.UsageError: there is no such run, it is not finished, or nothing in it is quantised.
+        cli.UsageError: there is no such run, it is not finished, nothing in it is quantised, or its
+            thresholds are frozen already.
     """
     with cli.setup_errors():
         config = ConfigDict(Workdir(run).settings())
@@ -61,14 +67,35 @@ def packed_model(run: Path) -> tuple[nnx.Module, tuple[jax.Array, ...]]:
         count = build.fewest_examples(nnx.eval_shape(lambda: make(untrained)))
         example = tasks.first_inputs(task, task.test_source(), count)
         if is_calibrated:
+            if calibrate:
+                raise ValueError(
+                    f"{run} was calibrated by its own config: repeat experiments.ptq with "
+                    f"--config.calibration.batches={calibrate}"
+                )
             model = _calibrated(config, run, example)
         else:
             trained = runs.trained_model(config, run, *example)
             if not operand_quantizers(trained):
                 raise ValueError(f"{run} is in float: name a run with fewer than 32 bits")
+            if calibrate:
+                _freeze(trained, config, task, calibrate)
             model = pack_model(trained, *example)
     model.eval()
     return model, example
+
+
+def _freeze(model: nnx.Module, config: ConfigDict, task: tasks.Task, batches: int) -> None:
+    """Freezes thresholds that training found in every step."""
+    if config.quant.static_batches:
+        raise ValueError("thresholds of this run are frozen, as they were trained: no --calibrate")
+    inputs = tasks.calibration_inputs(
+        task,
+        task.calibration_source(),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        count=batches,
+    )
+    freeze_thresholds(model, inputs)
 
 
 def _quantised_for_calibration(config: ConfigDict) -> nnx.Module:
@@ -97,7 +124,13 @@ def _save_onnx(
 
 
 def export(
-    run: Path, format: str, out: Path, *, integers: bool = False, batch_size: int | None = None
+    run: Path,
+    format: str,
+    out: Path,
+    *,
+    integers: bool = False,
+    batch_size: int | None = None,
+    calibrate: int = 0,
 ) -> str:
     """Writes a file.
 
@@ -107,6 +140,7 @@ def export(
         out: the file.
         integers: whether a program computes in integers.
         batch_size: of a program; None for any.
+        calibrate: as of `packed_model`.
 
     Returns:
         What was written, in a line.
@@ -114,7 +148,7 @@ def export(
     Raises:
         cli.UsageError: this cannot be done; nothing is written.
     """
-    model, example = packed_model(run)
+    model, example = packed_model(run, calibrate)
     with cli.setup_errors():
         if format == "safetensors":
             save_packed(model, out)
@@ -136,7 +170,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="what to write")
     parser.add_argument("--integers", action="store_true", help="a program that adds integers")
     parser.add_argument("--batch-size", type=int, help="of a program; any if not given")
+    parser.add_argument(
+        "--calibrate", type=int, default=0, metavar="BATCHES", help="freeze thresholds on so many"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.calibrate < 0:
+        parser.error(f"--calibrate is a number of batches, not {arguments.calibrate}")
     if arguments.format != "stablehlo" and arguments.integers:
         parser.error("--integers is for --format=stablehlo")
     if arguments.format == "safetensors" and arguments.batch_size:
@@ -148,6 +187,7 @@ def main(argv: Sequence[str]) -> int:
             arguments.out,
             integers=arguments.integers,
             batch_size=arguments.batch_size,
+            calibrate=arguments.calibrate,
         )
     except (cli.UsageError, WorkdirError, CheckpointError) as error:
         return cli.fail(error, cli.WRONG_USAGE)

@@ -85,6 +85,24 @@ def test_a_trained_network_becomes_a_packed_file(trained, tmp_path, capsys):
     assert jnp.isfinite(found).all()
 
 
+def test_thresholds_that_training_found_in_every_step_are_frozen(trained, tmp_path, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert main(trained, "onnx", tmp_path / "m.onnx", "--calibrate=2") == 0
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    model, _ = export.packed_model(trained, calibrate=2)
+    (found,) = session.run(None, {"input": np.asarray(images(3))})
+    np.testing.assert_allclose(found, jax.jit(model)(images(3)), atol=1e-4)
+    operands = qj.operand_quantizers(model)
+    assert all(operand.threshold is not None for operand in operands.values())
+
+
+def test_frozen_thresholds_are_not_frozen_again(calibrated, tmp_path, capsys):
+    assert main(calibrated, "onnx", tmp_path / "m", "--calibrate=2") == cli.WRONG_USAGE
+    assert "repeat experiments.ptq with --config.calibration.batches=2" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(calibrated, "onnx", tmp_path / "m", "--calibrate=-1")
+
+
 def test_a_network_trained_by_a_policy_file_needs_it_no_more(tmp_path):
     path = tmp_path / "policy.yaml"
     qj.save_policy(qj.preset("vsquant-4/4/4/6"), path)
