@@ -390,11 +390,13 @@ def is_weight(operand: str) -> bool:
 
 
 def _operand_path(path: Iterable[str]) -> str:
-    """The path of a quantiser without the injection point, which lies right above it."""
-    *layer, operand = path
-    if layer and layer[-1] in {hook.attribute for hook in _HOOKS}:  # others are the model's names
-        layer.pop()
-    return "/".join([*layer, operand])
+    """The path of a quantiser, or of what is in it, without the injection point."""
+    names = list(path)
+    hooks = {hook.attribute for hook in _HOOKS}
+    places = [place for place, name in enumerate(names) if name in hooks]
+    if places:  # the last; those before it are names of the model's own
+        del names[places[-1]]
+    return "/".join(names)
 
 
 class _Hook(NamedTuple):
