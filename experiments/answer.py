@@ -18,14 +18,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.text import Text
 
 from experiments import build, cli, runs, tasks
 from experiments.questions import QuestionAnswering
 from qat_jax import data
-from qat_jax.training.workdir import Workdir, WorkdirError
+from qat_jax.training.workdir import WorkdirError
 
 _MARGIN = 80  # characters of the context that are shown on each side of the answer
 
@@ -45,13 +44,10 @@ def answer(run: Path, context: str, question: str, n_best: int) -> list[data.Ran
         cli.UsageError: there is no such run, it is not finished, or of another kind.
     """
     with cli.setup_errors():
-        folder = Workdir(run)
-        config = ConfigDict(folder.settings())
+        config = runs.finished_config(run)
         task = build.task(config)
         if not isinstance(task, QuestionAnswering):
             raise ValueError(f"{run} is a run of {config.task}: give one of question_answering")
-        if not folder.result_path.exists():
-            raise ValueError(f"{run} is not finished: repeat the command that trains it")
         source = task.windows([data.Question("asked", question, context, ())])
         inputs = tasks.first_inputs(task, source, len(source))
         model = runs.trained_model(config, run, *inputs)

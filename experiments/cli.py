@@ -37,16 +37,13 @@ WRONG_USAGE = 2
 SIGNAL_BASE = 128  # a shell's status of a command ended by signal n is 128 + n
 SIGINT = int(signal.SIGINT)
 # Of `configs/_quant.py`: what changes nothing beside a notation.
-_UNUSED_BY_NOTATION = tuple(
-    f"quant.{key}"
-    for key in (
-        "weight_bits",
-        "activation_bits",
-        "narrow",
-        "edge_bits",
-        "edge_clipping",
-        "shards",
-    )
+_UNUSED_BY_NOTATION = (
+    "quant.weight_bits",
+    "quant.activation_bits",
+    "quant.narrow",
+    "quant.edge_bits",
+    "quant.edge_clipping",
+    "quant.shards",
 )
 _PROJECT_LOGGERS = ("qat_jax", "experiments")
 

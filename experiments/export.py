@@ -40,7 +40,7 @@ from qat_jax.export import load_packed, save_packed, save_stablehlo
 from qat_jax.integer import integer_model, pack_model
 from qat_jax.nnx import operand_quantizers, quantize_model
 from qat_jax.training.checkpoint import CheckpointError
-from qat_jax.training.workdir import Workdir, WorkdirError
+from qat_jax.training.workdir import WorkdirError
 
 FORMATS = ("safetensors", "stablehlo", "onnx")
 
@@ -58,7 +58,7 @@ def packed_model(run: Path, calibrate: int = 0) -> tuple[nnx.Module, tuple[jax.A
             thresholds are frozen already.
     """
     with cli.setup_errors():
-        config = ConfigDict(Workdir(run).settings())
+        config = runs.finished_config(run)
         task = build.task(config)
         is_calibrated = "calibration" in config
         untrained = config.copy_and_resolve_references()
@@ -88,14 +88,7 @@ def _freeze(model: nnx.Module, config: ConfigDict, task: tasks.Task, batches: in
     """Freezes thresholds that training found in every step."""
     if config.quant.static_batches:
         raise ValueError("thresholds of this run are frozen, as they were trained: no --calibrate")
-    inputs = tasks.calibration_inputs(
-        task,
-        task.calibration_source(),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        count=batches,
-    )
-    freeze_thresholds(model, inputs)
+    freeze_thresholds(model, tasks.training_inputs(task, config, batches))
 
 
 def _quantised_for_calibration(config: ConfigDict) -> nnx.Module:

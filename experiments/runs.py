@@ -16,6 +16,20 @@ from qat_jax.training.workdir import Workdir
 PACKED = "packed.safetensors"  # what a run of `experiments.ptq` leaves of its network
 
 
+def finished_config(folder: Path) -> ConfigDict:
+    """The config of a finished run.
+
+    Raises:
+        WorkdirError: the folder holds no run.
+        ValueError: the run is not finished.
+    """
+    run = Workdir(folder)
+    config = ConfigDict(run.settings())
+    if not run.result_path.exists():
+        raise ValueError(f"{folder} is not finished: repeat the command that trains it")
+    return config
+
+
 def trained_model(config: ConfigDict, folder: Path, *example: jax.Array) -> nnx.Module:
     """The model of a finished run of `experiments.train`, in evaluation mode.
 

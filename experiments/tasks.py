@@ -97,6 +97,17 @@ would not be held out: pass --config.dataset.train_split=train[:1000]'
     )
 
 
+def training_inputs(task: Task, config: ConfigDict, count: int) -> Iterator[tuple[jax.Array, ...]]:
+    """`calibration_inputs` of the examples that a config trains on, in its batches."""
+    return calibration_inputs(
+        task,
+        task.calibration_source(),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        count=count,
+    )
+
+
 def calibration_inputs(
     task: Task, source: Any, *, batch_size: int, seed: int, count: int
 ) -> Iterator[tuple[jax.Array, ...]]:

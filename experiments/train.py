@@ -27,7 +27,6 @@ and result.json; with --config.profile also a trace of a few steps.
 import logging
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,19 +119,10 @@ def train(config: ConfigDict, folder: Workdir, started: float) -> dict[str, Any]
         model = build.quantised_model(config)
         check_shards(model, examples)
 
-        def first_inputs(count: int) -> Iterator[tuple[jax.Array, ...]]:
-            return tasks.calibration_inputs(
-                task,
-                task.calibration_source(),
-                batch_size=config.batch_size,
-                seed=config.seed,
-                count=count,
-            )
-
         if config.quant.static_batches:
-            qj.calibrate(model, first_inputs(config.quant.static_batches))
+            qj.calibrate(model, tasks.training_inputs(task, config, config.quant.static_batches))
         if config.quant.carried:
-            qj.carry_thresholds(model, *next(first_inputs(1)))
+            qj.carry_thresholds(model, *next(tasks.training_inputs(task, config, 1)))
 
         # Durations
         steps_per_epoch = max(len(train_source) // config.batch_size, 1)

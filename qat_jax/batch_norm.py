@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
+from qat_jax.calibration import refuse_one_array
 from qat_jax.nnx import copy_model, report
 from qat_jax.padding import keep_padding
 
@@ -97,8 +97,7 @@ def reestimate_batch_norm(model: nnx.Module, batches: Iterable[jax.Array]) -> No
       >>> model.layers[0].mean[...], model.layers[0].var[...]
       (Array([4.], dtype=float32), Array([5.], dtype=float32))
     """
-    if isinstance(batches, jax.Array | np.ndarray):
-        raise ValueError("batches is one array: give a list of batches, [x] for one")
+    refuse_one_array(batches)
     pooling = copy_model(model)
     pooling.eval()
     pools = dict(_batch_norms(pooling))

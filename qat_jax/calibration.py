@@ -79,8 +79,7 @@ def calibrate(
             f"{', '.join(operand_quantizers(model)) or 'none, quantise the model first'}; "
             "activations need granularity PerTensor()"
         )
-    if isinstance(batches, jax.Array | np.ndarray):
-        raise ValueError("batches is one array: give a list of batches, [x] for one")
+    refuse_one_array(batches)
     batches = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
     if pool:
         joined = tuple(jnp.concatenate(parts) for parts in zip(*batches, strict=True))
@@ -100,6 +99,12 @@ def calibrate(
     for path in total:
         quantizers[path].threshold = Threshold(total[path] / count)
     return tuple(total)
+
+
+def refuse_one_array(batches: Any) -> None:
+    """Raises ValueError if batches are one array, whose rows would be taken for batches."""
+    if isinstance(batches, jax.Array | np.ndarray):
+        raise ValueError("batches is one array: give a list of batches, [x] for one")
 
 
 def carry_thresholds(model: nnx.Module, *inputs: Any) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,23 +10,10 @@ import qat_jax as qj
 from qat_jax.export import to_stablehlo
 from qat_jax.export.tracing import shape_of
 from qat_jax.integer import pack_model
-from qat_jax.models import BertForQuestionAnswering, BertSize
+from qat_jax.models import BertForQuestionAnswering
+from tests.integer.test_model import FEATURES, SMALL_BERT, TOKENS, Stack
 
 pytest.importorskip("flatbuffers", reason="exporting needs it: pip install qat_jax[export]")
-
-SMALL_BERT = BertSize(layers=1, hidden=32, heads=2, intermediate=48, vocabulary=20, positions=9)
-TOKENS = jnp.array([[1, 5, 3, 7, 2, 0], [4, 4, 9, 0, 0, 0]])
-FEATURES = jax.random.normal(jax.random.key(0), (2, 8))
-
-
-class Stack(nnx.Module):
-    def __init__(self, rngs):
-        make = nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs), in_axes=0, out_axes=0)
-        self.layers = nnx.split_rngs(splits=3)(make)(rngs)
-
-    def __call__(self, x):
-        apply = nnx.scan(lambda layer, x: layer(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        return apply(self.layers, x)
 
 
 @nnx.jit
