@@ -24,7 +24,8 @@ Examples:
 Other flags: --config.quant.vector_size, --config.clipping.weights and .activations (max, octav,
 exact, mse, entropy, p99.99), --config.scale.codes, .order, .zero and .clipping,
 --config.quant.overrides="('.*depthwise=8/8U',)", --config.fold_batch_norm,
---config.calibration.batch_norm_batches.
+--config.calibration.gptq_batches (kernels rounded so that layers answer so many batches as they
+did: GPTQ) and .batch_norm_batches (batch norms re-estimated on so many).
 
 DIR gets config.json, metrics.jsonl, TensorBoard events, packed.safetensors, which is the quantised
 network for experiments.export, and result.json, which has the accuracy in
@@ -118,6 +119,8 @@ class Bench:
         else:  # weights stay as they are: one search does for all batches
             example = self.first_inputs(build.fewest_examples(model))
             qj.calibrate(model, [example], operands=".*weights")
+        if calibration.gptq_batches:
+            qj.gptq(model, self._train_inputs(calibration.gptq_batches, config.seed))
         if calibration.batch_norm_batches:
             inputs = self._train_inputs(calibration.batch_norm_batches, config.seed)
             reestimate_batch_norm(model, (images for (images,) in inputs))
@@ -141,7 +144,8 @@ class Bench:
 
 def needs_training_examples(config: ConfigDict) -> bool:
     """Whether the config calibrates on anything."""
-    return bool(config.calibration.batches or config.calibration.batch_norm_batches)
+    calibration = config.calibration
+    return any((calibration.batches, calibration.gptq_batches, calibration.batch_norm_batches))
 
 
 @cli.once("dataset", "model", "quant", "clipping", "scale", "calibration")

@@ -15,6 +15,7 @@ the end DIR gets result.json.
     clipping     maximum, OCTAV or the exact optimum for each vector of the weights
     order        which scale is found first, and what the codes come from
     batch_norm   what re-estimating batch norms after quantisation gives back
+    rounding     kernels rounded to the nearest or by GPTQ
     depthwise    what the layers of one input feature need: MobileNet with
                  --config.fold_batch_norm=False, since batch norms are re-estimated
     bert_calibrators, bert_vectors, bert_scales
@@ -55,6 +56,7 @@ BERT_DYNAMIC_BITS = ("4/8", "8/4", *BERT_EQUAL_BITS)  # which of both it is that
 # A cell takes minutes: those that ResNets have shown to be of no use are left out.
 BERT_CALIBRATORS = ("max", "p99.9", "p99.99", "p99.999", "mse", "octav")
 STATIC_BATCHES, BERT_STATIC_BATCHES = 5, 10  # behind static thresholds
+GPTQ_BATCHES = 4
 REESTIMATION = {"": 0, ", batch norms re-estimated": 10}  # and on how many batches
 
 
@@ -147,6 +149,16 @@ def _batch_norm() -> Iterator[tuple[str, str, dict[str, Any]]]:
                 yield notation, f"{clipping}{refit}", changes | _clipping(clipping, "max")
 
 
+def _rounding() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    # Vectors have their activations clipped at the maximum, as in the paper, layers by OCTAV.
+    vectors = {f"{bits}/4/6": "max" for bits in ("2/8U", "3/3U", "3/8U", "4/4U")}
+    layers = dict.fromkeys(("3/8U", "4/4U", "4/8U"), "octav")
+    for notation, activations in (vectors | layers).items():
+        for name, batches in {"nearest": 0, "GPTQ": GPTQ_BATCHES}.items():
+            changes = {"quant.notation": notation, "calibration.gptq_batches": batches}
+            yield notation, name, changes | _clipping("exact", activations)
+
+
 def _bert_calibrators() -> Iterator[tuple[str, str, dict[str, Any]]]:
     return _bert_calibrated(BERT_EQUAL_BITS)
 
@@ -204,6 +216,7 @@ TABLES = {
     "clipping": _vector_clipping,
     "order": _order,
     "batch_norm": _batch_norm,
+    "rounding": _rounding,
     "depthwise": _depthwise,
     "bert_calibrators": _bert_calibrators,
     "bert_weight_calibrators": _bert_weight_calibrators,

@@ -10,6 +10,7 @@ from qat_jax.calibration import (
 from qat_jax.clipping import AbsMax, Entropy, Exact, Fixed, MseSweep, Octav, Percentile, octav
 from qat_jax.diagnostics import Diagnostics, diagnose, fake_quant_with_diagnostics
 from qat_jax.formats import Float, Int
+from qat_jax.gptq import gptq
 from qat_jax.granularity import PerChannel, PerShard, PerTensor, PerVector
 from qat_jax.nnx import (
     Diagnostic,
@@ -68,6 +69,7 @@ __all__ = [
     "fake_quant",
     "fake_quant_with_diagnostics",
     "fold_batch_norm",
+    "gptq",
     "ignore_padding",
     "load_policy",
     "load_thresholds",
