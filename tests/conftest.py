@@ -1,9 +1,11 @@
 """Real data that several rooms test on. The suite passes without it: these tests are skipped."""
 
+import gc
 import io
 import os
 import shutil
 import tempfile
+from collections.abc import Generator
 from importlib import metadata
 from pathlib import Path
 
@@ -28,6 +30,22 @@ if _CACHE not in os.environ:
     _made_here = os.environ[_CACHE] = tempfile.mkdtemp(prefix="qat_jax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
+    """Collect the garbage of a file of tests, and spare later collections what is left of it.
+
+    Compiled programs stay, and the millions of objects that know them. Looking through all of them
+    again and again would be a seventh of the suite's time.
+    """
+    result = yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+    return result
 
 
 def pytest_unconfigure() -> None:
