@@ -11,10 +11,13 @@ def newton(x, c, iterations=10, positive=False):
     a = a[a > 0]
     if not a.size:
         return 0.0
+    # In order, so that what lies above a threshold is the end: one look at the data does.
+    a.sort()
+    beyond = np.append(np.cumsum(a[::-1])[::-1], 0)
     s = a.mean()
     for _ in range(iterations):
-        above = a > s
-        s = a[above].sum() / (c * (~above).sum() + above.sum())
+        inside = np.searchsorted(a, s, "right")
+        s = beyond[inside] / (c * inside + len(a) - inside)
     return s
 
 

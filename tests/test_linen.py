@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -53,14 +55,24 @@ def pair():
     return variables, model, x
 
 
+@nnx.jit
+def run(model, x):
+    return model(x)
+
+
+def apply(model, variables, x, **options):
+    return jax.jit(functools.partial(model.apply, **options))(variables, x)
+
+
 @pytest.mark.parametrize("policy", [EVERYWHERE, "octav-w4a4", "max-w3a8"])
 def test_linen_and_nnx_agree(pair, policy):
     variables, model, x = pair
-    np.testing.assert_allclose(LinenNet().apply(variables, x), model(x), rtol=1e-5, atol=1e-5)
+    in_float = run(model, x)
+    np.testing.assert_allclose(apply(LinenNet(), variables, x), in_float, rtol=1e-5, atol=1e-5)
     quantized = qlinen.quantize_model(LinenNet(), policy, x)
-    y = quantized.apply(variables, x)
-    np.testing.assert_allclose(y, qj.quantize_model(model, policy)(x), rtol=1e-4, atol=1e-5)
-    assert not np.allclose(y, model(x), atol=1e-3)
+    y = apply(quantized, variables, x)
+    np.testing.assert_allclose(y, run(qj.quantize_model(model, policy), x), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(y, in_float, atol=1e-3)
     assert str(quantized.report).splitlines()[0].split() == [
         "layer",
         "type",
@@ -88,8 +100,8 @@ def test_gradients_agree_inside_jit(pair):
 def test_diagnostics_on_request(pair):
     variables, _, x = pair
     quantized = qlinen.quantize_model(LinenNet(), EVERYWHERE, x)
-    y, collected = quantized.apply(variables, x, mutable=["diagnostics"])
-    np.testing.assert_allclose(y, quantized.apply(variables, x), rtol=1e-5, atol=1e-6)
+    y, collected = apply(quantized, variables, x, mutable=["diagnostics"])
+    np.testing.assert_allclose(y, apply(quantized, variables, x), rtol=1e-5, atol=1e-6)
     found = collected["diagnostics"]
     assert set(found["attention"]) >= {"query_operand", "attention_weights_operand", "query"}
     assert found["stem"]["weights"][0].sqnr_db > 10
@@ -99,10 +111,10 @@ def test_the_model_given_is_untouched(pair):
     variables, model, x = pair
     net = LinenNet()
     quantized = qlinen.quantize_model(net, EVERYWHERE, x)
-    quantized.apply(variables, x)
-    np.testing.assert_allclose(net.apply(variables, x), model(x), rtol=1e-5, atol=1e-5)
-    names = jax.tree.map(jnp.shape, quantized.init(jax.random.key(1), x))
-    assert names == jax.tree.map(jnp.shape, variables)
+    apply(quantized, variables, x)
+    np.testing.assert_allclose(apply(net, variables, x), run(model, x), rtol=1e-5, atol=1e-5)
+    anew = jax.eval_shape(quantized.init, jax.random.key(1), x)
+    assert jax.tree.map(lambda leaf: leaf.shape, anew) == jax.tree.map(jnp.shape, variables)
 
 
 def test_einsum_layers():

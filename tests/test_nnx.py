@@ -81,7 +81,8 @@ def test_multi_head_attention_with_both_products():
     mask = jnp.arange(7) < jnp.array([7, 4])[:, None, None, None]
     for m in (None, mask):
         y = quantized(q, kv, mask=m)
-        np.testing.assert_allclose(y, attention_by_hand(module, q, kv, m), rtol=1e-4, atol=1e-5)
+        expected = nnx.jit(attention_by_hand)(module, q, kv, m)
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_products_alone_and_left_out():
@@ -238,7 +239,7 @@ def test_attributes_named_as_flax_names_operations():
         *(f"dot_general/{operand}" for operand in ("activations", "weights")),
     ]
     assert sorted(qj.operand_quantizers(model)) == sorted(expected)
-    _, captured = nnx.capture(model, qj.Diagnostic)(x)
+    _, captured = nnx.jit(lambda model: nnx.capture(model, qj.Diagnostic)(x))(model)
     assert sorted(qj.diagnostics_by_layer(captured)) == sorted(expected)
     assert set(qj.calibrate(model, [x])) == set(expected)
 
@@ -264,7 +265,7 @@ def test_training_step_with_diagnostics_inside_jit_and_grad():
     noise = kernel - qj.fake_quant(kernel, w8, channel_axis=-1)
     expected = 10 * np.log10(np.sum(np.square(kernel)) / np.sum(np.square(noise)))
     np.testing.assert_allclose(stem.sqnr_db, expected, rtol=1e-4)
-    plain = jnp.sum(nnx.merge(graphdef, params)(x) ** 2)
+    plain = jax.jit(lambda params: jnp.sum(nnx.merge(graphdef, params)(x) ** 2))(params)
     np.testing.assert_allclose(value, plain, rtol=1e-5)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 

@@ -112,7 +112,8 @@ def on_eight_devices():
 
 
 def test_sharded_arrays():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags}
     code = "from tests.test_transforms import on_eight_devices; on_eight_devices()"
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False

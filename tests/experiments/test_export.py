@@ -125,7 +125,7 @@ def test_a_network_trained_in_shards_is_packed_from_as_many_examples(tmp_path, s
     assert main(tmp_path / "run", "safetensors", tmp_path / "m") == 0
     model, example = export.packed_model(tmp_path / "run")
     assert len(example[0]) == 4
-    assert jnp.isfinite(model(*example)).all()
+    assert jnp.isfinite(jax.jit(model)(*example)).all()
 
 
 def test_what_cannot_be_exported_is_said_and_nothing_written(trained, tmp_path, capsys):

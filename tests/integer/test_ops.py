@@ -76,27 +76,24 @@ def compare(operation, integer_operation, x_shape, w_shape, notation):
         x = jax.nn.relu(x)
     by_operand = quantizers(notation)
 
-    def compiled(operation, **operands):
-        return jax.jit(lambda x, w: operation(x, w, **operands))(x, w)
+    @jax.jit  # all four in one program, which quantises each operand once
+    def compute(x, w):
+        def operands(role, **options):
+            return {k: functools.partial(role, q, **options) for k, q in by_operand.items()}
 
-    # Their sums stay below 2**24, so that float32 has them all.
-    expected = compiled(
-        operation, **{k: functools.partial(code_times_scale, q) for k, q in by_operand.items()}
-    )
-    assert jnp.abs(expected).max() > 10
-    found = compiled(
-        integer_operation,
-        **{k: functools.partial(in_integers, q, unscaled=True) for k, q in by_operand.items()},
-    )
-    assert found.dtype == jnp.float32
-    np.testing.assert_array_equal(found, expected)
+        return (
+            # Their sums stay below 2**24, so that float32 has them all.
+            operation(x, w, **operands(code_times_scale)),
+            integer_operation(x, w, **operands(in_integers, unscaled=True)),
+            operation(x, w, **by_operand, precision="highest"),
+            integer_operation(x, w, **operands(in_integers)),
+        )
 
-    simulated = compiled(operation, **by_operand, precision="highest")
-    found = compiled(
-        integer_operation,
-        **{k: functools.partial(in_integers, q) for k, q in by_operand.items()},
-    )
-    tolerance = 1e-6 * float(jnp.abs(simulated).max())
+    expected, unscaled, simulated, found = (np.asarray(y) for y in compute(x, w))
+    assert np.abs(expected).max() > 10
+    assert unscaled.dtype == found.dtype == np.float32
+    np.testing.assert_array_equal(unscaled, expected)
+    tolerance = 1e-6 * float(np.abs(simulated).max())
     np.testing.assert_allclose(found, simulated, rtol=1e-6, atol=tolerance)
 
 

@@ -50,7 +50,7 @@ print(json.dumps({"losses": losses, "counts": counts, "compilations": step._cach
 
 def first_losses(devices: int, bits: int = 32, fsdp: int = 1) -> dict:
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
