@@ -60,7 +60,7 @@ class Run:
 
     @property
     def activation_bits(self) -> int | None:
-        """Likewise."""
+        """Likewise; 32 where a notation leaves activations alone."""
         return self._bits("activation")
 
     def _bits(self, side: str) -> int | None:
@@ -73,7 +73,7 @@ class Run:
         if not notation:
             return quant.get(f"{side}_bits")
         try:
-            return getattr(Notation.parse(notation), f"{side}_bits")
+            return getattr(Notation.parse(notation), f"{side}_bits") or FLOAT_BITS
         except ValueError:  # a block format
             return None
 
@@ -213,7 +213,8 @@ def _label(run: Run, keys: Sequence[str], *, bits: bool) -> str:
         keys = [key for key in keys if not key.startswith(_OF_QUANTISATION)]
         parts.append("float")
     elif not bits and run.activation_bits != run.bits:
-        parts.append(f"activations {run.activation_bits} bits")
+        in_float = run.activation_bits == FLOAT_BITS
+        parts.append(f"activations {'in float' if in_float else f'{run.activation_bits} bits'}")
     for key in keys:
         name, value = key.rpartition(".")[2], run.settings.get(key)
         if name == "policy":

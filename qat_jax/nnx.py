@@ -536,7 +536,8 @@ def _replacement(site: LayerSite, rule: Rule) -> nnx.Module | None:
     """The quantised operation for a layer, or None where the rule quantises nothing of it."""
     if rule.weights is None and rule.activations is None:
         return None
-    if (
+    replacement = site.hook.replacement(site.layer, rule)
+    if replacement is not None and (
         site.installed not in site.hook.plain
         or getattr(site.layer, "dot_general_cls", None) is not None
     ):
@@ -544,7 +545,7 @@ def _replacement(site: LayerSite, rule: Rule) -> nnx.Module | None:
             f"{site.path} already has a {site.hook.attribute} of its own: quantise the model "
             f"before that is set, or leave the layer alone with Rule({site.path!r}) in front"
         )
-    return site.hook.replacement(site.layer, rule)
+    return replacement
 
 
 def _installed(site: LayerSite, operand: str) -> Quantizer | None:
