@@ -27,6 +27,7 @@ from qat_jax.quantizer import QTensor, Quantizer, fake_quant, quantize
 from qat_jax.report import LayerReport, Report
 
 Sown = TypeVar("Sown")
+_NAMED = 3  # layers that a message lists
 
 
 class Diagnostic(nnx.Variable):
@@ -240,8 +241,9 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
 
     Raises:
       TypeError: the model is of Linen, or the policy neither a policy nor a name.
-      ValueError: if a rule matches no layer, or a matched layer already has an operation of its
-        own in the place where the quantised one would go.
+      ValueError: if a rule matches no layer, or a matched layer is quantised already or has an
+        operation of its own in the place where the quantised one would go. Layers that an earlier
+        policy left alone can be quantised by another one.
 
     Example:
       >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu)
@@ -257,6 +259,7 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
     linears = [s.path for s in sites if isinstance(s.layer, nnx.Linear | nnx.LinearGeneral)]
     policy = preset_for_layers(policy, convolutions, linears)
     placed = policy.place([site.path for site in sites])
+    _refuse_quantised([site for site in sites if _gets_something(placed.get(site.path))])
     replacements = {
         site.path: _replacement(site, placed[site.path]) for site in sites if site.path in placed
     }
@@ -532,9 +535,30 @@ def copy_model(model: nnx.Module) -> nnx.Module:
     return nnx.merge(*nnx.split(model), copy=True)
 
 
+def _gets_something(rule: Rule | None) -> bool:
+    return rule is not None and (rule.weights is not None or rule.activations is not None)
+
+
+def _refuse_quantised(sites: Iterable[LayerSite]) -> None:
+    """Raises ValueError if layers that are to be quantised are so already, packed or not."""
+    found = [
+        site.path
+        for site in sites
+        if isinstance(site.installed, nnx.Module)
+        and any(isinstance(x, DescribedQuantizer) for _, x in nnx.iter_graph(site.installed))
+    ]
+    if found:
+        names = ", ".join(path or "the layer itself" for path in found[:_NAMED])
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise ValueError(
+            f"quantised already: {names}{more}; give the float model, or leave "
+            f"such layers as they are with rules like Rule({found[0]!r}) in front"
+        )
+
+
 def _replacement(site: LayerSite, rule: Rule) -> nnx.Module | None:
     """The quantised operation for a layer, or None where the rule quantises nothing of it."""
-    if rule.weights is None and rule.activations is None:
+    if not _gets_something(rule):
         return None
     replacement = site.hook.replacement(site.layer, rule)
     if replacement is not None and (
