@@ -485,6 +485,16 @@ class LayerSite(NamedTuple):
         return f"{self.path}/activations" if self.path else "activations"
 
     @property
+    def kernel_rank(self) -> int:
+        """How many axes its kernel has, those of a stack of layers (``nnx.scan``) left out."""
+        match self.layer:
+            case nnx.Linear():
+                return 2
+            case nnx.LinearGeneral(batch_axis=batch, in_features=inputs, out_features=outputs):
+                return len(batch) + len(inputs) + len(outputs)
+        return len(self.layer.kernel_shape)
+
+    @property
     def installed(self) -> Any:
         """What the injection point holds."""
         return getattr(self.layer, self.hook.attribute)
