@@ -6,6 +6,7 @@
 injected are NNX modules themselves, so that quantisers can sow diagnostics and hold state.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -24,7 +25,7 @@ from qat_jax.granularity import ChannelAxis, VectorAxis
 from qat_jax.padding import QUERIES, TOKENS, keep_padding, without_padding
 from qat_jax.policy import Policy, Rule, preset_for_layers
 from qat_jax.quantizer import QTensor, Quantizer, fake_quant, quantize
-from qat_jax.report import LayerReport, Report
+from qat_jax.report import LayerReport, Report, Rest
 
 Sown = TypeVar("Sown")
 _NAMED = 3  # layers that a message lists
@@ -251,6 +252,7 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
       >>> print(report(model))
       layer     type    weights                          activations
       layers/0  Linear  int8 narrow PerTensor Octav mad  auto8 narrow PerTensor Octav pwl
+      beside these kernels: 8 of 40 parameters (20 %), 32 bytes, which stay as they are
     """
     if isinstance(model, linen.Module):
         raise TypeError("the model is a Linen module: use qat_jax.linen.quantize_model")
@@ -282,17 +284,17 @@ def report(model: nnx.Module) -> Report:
     Returns:
       A report that prints as a table.
     """
-    return Report(
-        tuple(
-            LayerReport(
-                path=site.path,
-                kind=type(site.layer).__name__,
-                weights=_installed(site, "weights"),
-                activations=_installed(site, "activations"),
-            )
-            for site in layer_sites(model)
+    sites = layer_sites(model)
+    layers = tuple(
+        LayerReport(
+            path=site.path,
+            kind=type(site.layer).__name__,
+            weights=_installed(site, "weights"),
+            activations=_installed(site, "activations"),
         )
+        for site in sites
     )
+    return Report(layers, _rest(model, sites))
 
 
 def diagnostics_by_layer(captured: nnx.State) -> dict[str, Diagnostics]:
@@ -590,6 +592,23 @@ def _installed(site: LayerSite, operand: str) -> Quantizer | None:
     else:
         replacement = getattr(replacement, operand, None)
     return getattr(replacement, "quantizer", None)
+
+
+def _rest(model: nnx.Module, sites: Iterable[LayerSite]) -> Rest:
+    """The parameters that are no kernel of these layers."""
+    kernels: dict[int, int] = {}  # several layers may share one
+    for site in sites:
+        if (kernel := getattr(site.layer, "kernel", None)) is not None:
+            stored = getattr(getattr(site.installed, "weights", None), "packed", None)
+            kernels[id(kernel)] = math.prod((kernel if stored is None else stored).shape)
+    parameters = [x for _, x in nnx.iter_graph(model) if isinstance(x, nnx.Param)]
+    others = jax.tree.leaves([x.get_value() for x in parameters if id(x) not in kernels])
+    count = sum(x.size for x in others)
+    return Rest(
+        parameters=count,
+        bytes=sum(x.size * x.dtype.itemsize for x in others),
+        of=count + sum(kernels.values()),
+    )
 
 
 def _operand(
