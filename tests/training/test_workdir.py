@@ -200,3 +200,15 @@ def test_a_writer_knows_the_lines_there_are(tmp_path):
         assert writer.has(3, "test")
     with MetricWriter(Workdir(tmp_path, writes=False), None) as reader:
         assert not reader.has(3, "test")
+
+
+def test_without_locks_of_the_system_nothing_is_held(tmp_path):
+    """As on Windows, where there is no module fcntl."""
+    program = (
+        "import sys; sys.modules['fcntl'] = None\n"
+        "from pathlib import Path\n"
+        "from qat_jax.training.workdir import Workdir\n"
+        "with Workdir(Path(sys.argv[1])).locked(), Workdir(Path(sys.argv[1])).locked(): pass\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    assert list(tmp_path.iterdir()) == []
