@@ -104,7 +104,7 @@ def main() -> int:
     parser.add_argument(
         "--arg", default="model=resnet18,recipe=scratch,bits=4", help="the config's"
     )
-    parser.add_argument("--batch", type=int, default=16, help="images in a step")
+    parser.add_argument("--batch", type=record.count, default=16, help="images in a step")
     arguments = parser.parse_args()
     if arguments.minutes <= 0:
         parser.error("--minutes is more than 0")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qat_jax import Notation
-from qat_jax.training.workdir import with_floats
+from qat_jax.training.workdir import Workdir, with_floats
 
 # What a run is judged by, the first that it measured: shares in [0, 1].
 HEADLINES = ("test_f1", "test_accuracy", "integer_accuracy")
@@ -152,16 +152,17 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
 
     Raises:
         FileNotFoundError: there is no finished run.
+        WorkdirError: a file of a run cannot be read.
     """
     runs, unfinished = [], []
     for path in sorted(folder.rglob("config.json")):
         name = str(path.parent.relative_to(folder)) if path.parent != folder else folder.name
-        settings = json.loads(path.read_text())
+        run = Workdir(path.parent)
+        settings = run.settings()
         if settings.get("experiment") == "sweep":
             continue
-        result = path.with_name("result.json")
-        if result.exists():
-            runs.append(Run(name, path.parent, json.loads(result.read_text())))
+        if run.result_path.exists():
+            runs.append(Run(name, path.parent, run.result()))
         else:
             unfinished.append(name)
     if not runs:

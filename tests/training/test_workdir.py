@@ -212,3 +212,22 @@ def test_without_locks_of_the_system_nothing_is_held(tmp_path):
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_or_written_to_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    below = Workdir(tmp_path / "file" / "run")
+    for attempt in (below.locked().__enter__, lambda: below.begin({})):
+        with pytest.raises(WorkdirError, match=r"run cannot be made .*: choose another --workdir"):
+            attempt()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(WorkdirError, match="may not be written to"), Workdir(tmp_path).locked():
+        pass
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff"])
+def test_files_that_are_damaged_are_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    for look in (Workdir(tmp_path).settings, lambda: Workdir(tmp_path).status({})):
+        with pytest.raises(WorkdirError, match=r"config\.json cannot be read \(.*\): remove"):
+            look()
