@@ -27,6 +27,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import record
+from configs import imagenet
 
 _SECONDS = 5  # between two samples
 _STEPS = 4  # of an epoch
@@ -108,6 +109,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.minutes <= 0:
         parser.error("--minutes is more than 0")
+    try:
+        imagenet.get_config(arguments.arg)
+    except ValueError as error:
+        parser.error(f"--arg: {error}")
 
     measured = measure(arguments.arg, arguments.batch, arguments.minutes)
     title = f"{arguments.arg} at 224 pixels, batch {arguments.batch}"
