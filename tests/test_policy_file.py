@@ -159,8 +159,8 @@ def test_policies_are_printed_and_compared(tmp_path, capsys):
     found = capsys.readouterr().out.splitlines()
     assert "-    format: Int(4, narrow=True)" in found
     assert "+    format: Int(3, narrow=True)" in found
-    assert policy.main(["octav-w4"]) == cli.WRONG_USAGE
-    assert "no preset 'octav-w4'" in capsys.readouterr().err
+    assert policy.main(["octav-a4"]) == cli.WRONG_USAGE
+    assert "no preset 'octav-a4'" in capsys.readouterr().err
     assert policy.main(["none.yaml"]) == cli.WRONG_USAGE
     assert "none.yaml does not exist" in capsys.readouterr().err
 
