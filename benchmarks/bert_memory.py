@@ -122,8 +122,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, default="large")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=384, help="tokens of a sequence")
+    parser.add_argument("--batch", type=record.count, default=4)
+    parser.add_argument("--length", type=record.count, default=384, help="tokens of a sequence")
     parser.add_argument("--out", type=record.out_path, help="where to write JSON, without a suffix")
     arguments = parser.parse_args()
     console = Console(highlight=False)

@@ -152,25 +152,33 @@ def step_traffic(depth: int, batch_size: int, devices: int, quantise: Quantise) 
     return traffic(compiled.as_text(), unknown_trips=1)
 
 
+def counts(text: str) -> list[int]:
+    """The value of --devices."""
+    return [record.count(each) for each in text.split(",")]
+
+
 def main() -> int:
     """Compiles, counts, prints and, with --out, writes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=record.out_path, help="where to write JSON, without a suffix")
-    parser.add_argument("--depth", type=int, default=20, help="of the ResNet")
-    parser.add_argument("--batch", type=int, default=32, help="images in a step, on all devices")
-    parser.add_argument("--devices", default="1,2,4,8", help="how many to simulate")
+    parser.add_argument("--depth", type=record.count, default=20, help="of the ResNet")
+    parser.add_argument(
+        "--batch", type=record.count, default=32, help="images in a step, on all devices"
+    )
+    parser.add_argument("--devices", type=counts, default="1,2,4,8", help="how many to simulate")
     arguments = parser.parse_args()
-    counts = [int(count) for count in arguments.devices.split(",")]
+    if wrong := [devices for devices in arguments.devices if arguments.batch % devices]:
+        parser.error(f"--batch={arguments.batch} does not divide into {wrong[0]} devices")
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", max(counts))
+    jax.config.update("jax_num_cpu_devices", max(arguments.devices))
 
     title = f"ResNet-{arguments.depth} W4A4 training step, batch {arguments.batch}"
     table = Table(title=f"{title}: collectives, and KiB that a device contributes")
     table.add_column("step")
     rows: dict[str, dict[str, dict[str, int]]] = {}
-    for devices in counts:
+    for devices in arguments.devices:
         table.add_column(f"{devices} devices", justify="right")
         for name, quantise in contestants(devices).items():
             print(f"compiling for {devices}: {name}", file=sys.stderr)

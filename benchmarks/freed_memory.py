@@ -91,8 +91,10 @@ def main() -> int:
     )
     parser.add_argument("--workload", choices=["resnet20", "minilm-block"], default="resnet20")
     parser.add_argument("--out", type=record.out_path, help="where to write JSON, without a suffix")
-    parser.add_argument("--batch", type=int, help="examples in a step; the workload's own if not")
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each")
+    parser.add_argument(
+        "--batch", type=record.count, help="examples in a step; the workload's own if not"
+    )
+    parser.add_argument("--rounds", type=record.count, default=9, help="timed steps of each")
     arguments = parser.parse_args()
     if not keep_freed_memory():  # asked here, where it can be told; each process does it for itself
         parser.error(

@@ -96,8 +96,10 @@ def main() -> int:
     )
     parser.add_argument("--workload", choices=list(WORKLOADS), default="resnet20")
     parser.add_argument("--out", type=record.out_path, help="where to write JSON, without a suffix")
-    parser.add_argument("--batch", type=int, default=32, help="examples in a pass")
-    parser.add_argument("--rounds", type=int, default=9, help="timed passes of each contestant")
+    parser.add_argument("--batch", type=record.count, default=32, help="examples in a pass")
+    parser.add_argument(
+        "--rounds", type=record.count, default=9, help="timed passes of each contestant"
+    )
     arguments = parser.parse_args()
 
     workload = WORKLOADS[arguments.workload]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -19,7 +20,25 @@ def out_path(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}: make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(
+            f"{path.parent} may not be written to: name another folder"
+        )
     return path
+
+
+def count(text: str) -> int:
+    """The value of a flag that says how many: 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+    return int(text)
+
+
+def bits(text: str) -> int:
+    """The value of --bits, of a grid of integers."""
+    if not text.isdecimal() or not 2 <= int(text) <= 16:
+        raise argparse.ArgumentTypeError(f"{text} is not 2 to 16 bits")
+    return int(text)
 
 
 def run(main: Callable[[], int]) -> NoReturn:

@@ -27,6 +27,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import record
+from configs import imagenet
 
 _SECONDS = 5  # between two samples
 _STEPS = 4  # of an epoch
@@ -104,10 +105,14 @@ def main() -> int:
     parser.add_argument(
         "--arg", default="model=resnet18,recipe=scratch,bits=4", help="the config's"
     )
-    parser.add_argument("--batch", type=int, default=16, help="images in a step")
+    parser.add_argument("--batch", type=record.count, default=16, help="images in a step")
     arguments = parser.parse_args()
     if arguments.minutes <= 0:
         parser.error("--minutes is more than 0")
+    try:
+        imagenet.get_config(arguments.arg)
+    except ValueError as error:
+        parser.error(f"--arg: {error}")
 
     measured = measure(arguments.arg, arguments.batch, arguments.minutes)
     title = f"{arguments.arg} at 224 pixels, batch {arguments.batch}"

@@ -31,10 +31,9 @@ from matplotlib.figure import Figure
 import qat_jax as qj
 from benchmarks import record
 from configs import cifar10_resnet20
-from experiments import build, tasks
+from experiments import build, cli, tasks
 from qat_jax import data
 from qat_jax.clipping.octav import noise_constant, settled
-from qat_jax.data.prepare import DataError
 from qat_jax.nnx import Operand, is_weight
 from qat_jax.training.optimizer import make_optimizer, make_schedule
 from qat_jax.training.state import GraphDefs, TrainState, create_state
@@ -101,12 +100,13 @@ def measure(
     config.dataset.name, config.dataset.data_dir = "cifar10_local", data_dir
     config.model.pretrained = str(pretrained)
     config.seed = record.SEED
-    task = build.task(config)
-    source, augment = task.train_source()
-    model = build.quantised_model(config)
-    (inputs,) = tasks.calibration_inputs(
-        task, task.calibration_source(), batch_size=config.batch_size, seed=config.seed, count=1
-    )
+    with cli.setup_errors():
+        task = build.task(config)
+        source, augment = task.train_source()
+        model = build.quantised_model(config)
+        (inputs,) = tasks.calibration_inputs(
+            task, task.calibration_source(), batch_size=config.batch_size, seed=config.seed, count=1
+        )
     qj.carry_thresholds(model, *inputs)
     schedule = make_schedule(
         config.schedule,
@@ -174,14 +174,13 @@ def main() -> int:
     )
     parser.add_argument("--pretrained", type=Path, required=True, help="weights of ResNet-20")
     parser.add_argument("--data_dir", help="where cifar10_local lies; the default folder if not")
-    parser.add_argument("--bits", type=int, default=4, help="of weights and activations")
-    parser.add_argument("--steps", type=int, default=335, help="of training")
-    parser.add_argument("--every", type=int, default=5, help="steps between two that are traced")
+    parser.add_argument("--bits", type=record.bits, default=4, help="of weights and activations")
+    parser.add_argument("--steps", type=record.count, default=335, help="of training")
+    parser.add_argument(
+        "--every", type=record.count, default=5, help="steps between two that are traced"
+    )
     parser.add_argument("--out", type=record.out_path, help="where to write, without a suffix")
     arguments = parser.parse_args()
-
-    if min(arguments.steps, arguments.every) < 1:
-        parser.error("--steps and --every are at least 1")
 
     try:
         measured = measure(
@@ -191,7 +190,7 @@ def main() -> int:
             arguments.pretrained,
             arguments.data_dir,
         )
-    except (FileNotFoundError, DataError) as error:
+    except cli.UsageError as error:
         parser.error(str(error))
     title = f"ResNet-20 on CIFAR-10, {arguments.bits} bits, OCTAV's faster searches"
     worst = {kind: max(measured[f"{kind}_worst"]) for kind in SEARCHES}

@@ -75,12 +75,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=record.out_path, help="where to write, without a suffix")
-    parser.add_argument("--largest", type=int, default=10**8, help="elements of the largest array")
-    parser.add_argument("--bits", type=int, default=4, help="of the narrow grid")
-    parser.add_argument("--rounds", type=int, default=5, help="counted measurements of each")
+    parser.add_argument(
+        "--largest", type=record.count, default=10**8, help="elements of the largest array"
+    )
+    parser.add_argument("--bits", type=record.bits, default=4, help="of the narrow grid")
+    parser.add_argument(
+        "--rounds", type=record.count, default=5, help="counted measurements of each"
+    )
     arguments = parser.parse_args()
-    if arguments.largest < SMALLEST or arguments.rounds < 1:
-        parser.error(f"--largest is at least {SMALLEST:,} and --rounds at least 1")
+    if arguments.largest < SMALLEST:
+        parser.error(f"--largest is at least {SMALLEST:,}")
 
     rows = []
     elements = SMALLEST

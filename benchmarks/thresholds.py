@@ -154,9 +154,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=record.out_path, help="where to write JSON, without a suffix")
-    parser.add_argument("--elements", type=int, default=2**20, help="of the array")
-    parser.add_argument("--bits", type=int, default=4, help="of a code")
-    parser.add_argument("--rounds", type=int, default=5, help="timed searches of each calibrator")
+    parser.add_argument("--elements", type=record.count, default=2**20, help="of the array")
+    parser.add_argument("--bits", type=record.bits, default=4, help="of a code")
+    parser.add_argument(
+        "--rounds", type=record.count, default=5, help="timed searches of each calibrator"
+    )
     arguments = parser.parse_args()
     if arguments.elements < COLUMNS or arguments.elements % COLUMNS:
         parser.error(f"--elements={arguments.elements}: give a multiple of {COLUMNS}")

@@ -169,8 +169,12 @@ def main() -> int:
     )
     parser.add_argument("--workload", choices=list(WORKLOADS), default="resnet20")
     parser.add_argument("--out", type=record.out_path, help="where to write JSON, without a suffix")
-    parser.add_argument("--batch", type=int, help="examples in a step; the workload's own if not")
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each contestant")
+    parser.add_argument(
+        "--batch", type=record.count, help="examples in a step; the workload's own if not"
+    )
+    parser.add_argument(
+        "--rounds", type=record.count, default=9, help="timed steps of each contestant"
+    )
     parser.add_argument(
         "--compilations",
         type=int,

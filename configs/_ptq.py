@@ -12,7 +12,7 @@ def ptq_config(notation: str) -> dict[str, Any]:
     """Sections `quant`, `clipping`, `scale`, `calibration`, and what goes with them.
 
     Args:
-        notation: W/A/ws/as, a block format such as "nvfp4", or "float".
+        notation: W/A/ws/as, a block format such as "nvfp4" or "mxfp4-weights", or "float".
 
     Raises:
         ValueError: the notation cannot be read; the message teaches it.
@@ -24,7 +24,9 @@ def ptq_config(notation: str) -> dict[str, Any]:
             "policy": placeholder(str),  # a YAML file instead of all but `calibration` below
             "notation": notation,
             "vector_size": 16,
-            "edges": "8/8U",  # of the first convolution and the classifier; clipped at the maximum
+            # Of the first convolution and the classifier, clipped at the maximum; None: 8/8U, and
+            # 8/- where the notation leaves activations alone.
+            "edges": placeholder(str),
             # "PATTERN=NOTATION", first match first, for layers that need something else.
             "overrides": (),
         },

@@ -18,6 +18,8 @@ _STATIC_BATCHES = 5
 def quant_config(arg: str) -> ConfigDict:
     """Reads "bits=4,clipping=octav,gradient=mph"; "" and "float" mean no quantisation.
 
+    "bits=w4" quantises weights alone: activations stay in float, the ends' too.
+
     "notation=3/3U/4/6" in the place of bits asks for vectors (see `qat_jax.Notation`); the clipping
     is then that of the weights, activations being scaled by their maximum.
 
@@ -46,16 +48,20 @@ def quant_config(arg: str) -> ConfigDict:
         key, equals, value = part.partition("=")
         if not equals or key not in DEFAULTS:
             raise ValueError(
-                f"cannot read {part!r}: give 'float' or some of bits=4, notation=4/4U/4/6, "
+                f"cannot read {part!r}: give 'float' or some of bits=4|w4, notation=4/4U/4/6, "
                 "clipping=octav|octav10|max|exact|mse|p99.9, gradient=mph|mad|pwl|ste, "
                 "scaling=dynamic|carried|static, separated by commas"
             )
         values[key] = value
     if values["notation"] and any(part.startswith("bits=") for part in parts):
         raise ValueError("bits and notation are both given: leave bits out, a notation says them")
-    bits = "32" if values["bits"] == "float" else values["bits"]
+    weights_alone = values["bits"].startswith("w")
+    bits = "32" if values["bits"] == "float" else values["bits"].removeprefix("w")
     if not bits.isdigit():
-        raise ValueError(f"bits={bits} is not a whole number: give bits=4 or the like")
+        raise ValueError(
+            f"bits={values['bits']} is not a whole number: give bits=4, bits=w4 of weights alone, "
+            "or the like"
+        )
     if values["scaling"] not in ("dynamic", "carried", "static"):
         raise ValueError(f"scaling={values['scaling']}: give dynamic, carried or static")
     if values["notation"]:
@@ -65,7 +71,7 @@ def quant_config(arg: str) -> ConfigDict:
             "policy": placeholder(str),  # a YAML file that says all of what follows; see README
             "notation": values["notation"],  # of vectors; "" for the bits below
             "weight_bits": int(bits),
-            "activation_bits": int(bits),
+            "activation_bits": 32 if weights_alone else int(bits),  # 32: in float
             "clipping": values["clipping"],
             "gradient": values["gradient"],
             "narrow": True,  # the threshold is itself a code; the paper's grids are not narrow

@@ -10,9 +10,9 @@ point): float 97.8 %; 4 bits, OCTAV 98.3 %, maximum 97.8 %; 2 bits, OCTAV with M
 maximum 95.0 % (results/quickstart.json). Each takes about half a minute on two CPU cores, most of
 it compilation.
 
-ARG: bits (2 to 8; 32 or "float" is no quantisation) or notation (of vectors, as in 4/4U/4/6),
-clipping (octav, max, exact, mse, p99.9), gradient (mph, mad, pwl, ste), scaling (dynamic, carried,
-static).
+ARG: bits (2 to 8; w2 to w8 of weights alone; 32 or "float" is no quantisation) or notation (of
+vectors, as in 4/4U/4/6; 4/-/4/- of weights alone), clipping (octav, max, exact, mse, p99.9),
+gradient (mph, mad, pwl, ste), scaling (dynamic, carried, static).
 """
 
 from ml_collections import ConfigDict

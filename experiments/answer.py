@@ -24,6 +24,7 @@ from rich.text import Text
 from experiments import build, cli, runs, tasks
 from experiments.questions import QuestionAnswering
 from qat_jax import data
+from qat_jax.text_file import read_text
 from qat_jax.training.workdir import WorkdirError
 
 _MARGIN = 80  # characters of the context that are shown on each side of the answer
@@ -93,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
         context = arguments.context
         if context is None:
             with cli.setup_errors():
-                context = arguments.context_file.read_text("utf-8")
+                context = read_text(arguments.context_file)
         answers = answer(arguments.checkpoint, context, arguments.question, arguments.n_best)
     except (cli.UsageError, WorkdirError) as error:
         return cli.fail(error, cli.WRONG_USAGE)

@@ -72,7 +72,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     started = time.monotonic()
     settings, folder = config.to_dict(), Workdir(workdir)
     with cli.setup_errors():
-        build.require_notation(config)
+        build.activation_bits(config)  # or it says that there are none
         notation = qj.Notation.parse(config.quant.notation)
         bench = Bench.from_config(config)
         policy = build.ptq_policy(config)

@@ -29,7 +29,7 @@ from qat_jax.models import (
     find_pretrained,
     load_weights,
 )
-from qat_jax.policy import BLOCK_FORMATS
+from qat_jax.policy import BLOCK_FORMATS, edges_beside
 
 FLOAT_BITS = 32
 _DTYPES = ("float32", "bfloat16", "float16")  # that networks can compute in
@@ -216,6 +216,22 @@ def require_notation(config: ConfigDict) -> None:
         raise ValueError("this main takes a notation, not quant.policy: --config=FILE:4/4U/4/6")
 
 
+def activation_bits(config: ConfigDict) -> int:
+    """The bits that the notation gives activations, for mains that look at those.
+
+    Raises:
+        ValueError: there is none, or it leaves activations alone.
+    """
+    require_notation(config)
+    notation = qj.Notation.parse(config.quant.notation)
+    if notation.activation_bits is None:
+        raise ValueError(
+            f"this main looks at activations, which {notation} leaves alone: give them bits, as in "
+            "4/4U"
+        )
+    return notation.activation_bits
+
+
 def fewest_examples(model: nnx.Module) -> int:
     """As many as can be cut into the shards of every activation of a quantised model."""
     found = [operand.quantizer.granularity for operand in qj.operand_quantizers(model).values()]
@@ -249,8 +265,10 @@ def ptq_policy(config: ConfigDict) -> qj.Policy | None:
         overrides.append(qj.Rule.from_notation(pattern, notation, **options))
     first, last = _ENDS[_model_name(config)]
     if quant.notation in BLOCK_FORMATS:
-        ends = [qj.Rule.from_notation(end, quant.edges) for end in (first, last) if end]
-        rest = qj.Policy([*ends, *qj.preset(quant.notation).rules])
+        (inside,) = qj.preset(quant.notation).rules
+        edges = quant.edges or edges_beside(inside.activations is None)
+        ends = [qj.Rule.from_notation(end, edges) for end in (first, last) if end]
+        rest = qj.Policy([*ends, inside])
     else:
         rest = qj.Policy.from_notation(
             quant.notation, first=first, last=last, edges=quant.edges, **options
@@ -282,7 +300,7 @@ def quantised_model(config: ConfigDict) -> nnx.Module:
         return model
     policy = qj.uniform_policy(
         quant.weight_bits,
-        quant.activation_bits,
+        None if quant.activation_bits == FLOAT_BITS else quant.activation_bits,
         clipping=clipping(quant.clipping),
         gradient=from_text(quant.gradient),
         narrow=quant.narrow,

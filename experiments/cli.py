@@ -132,7 +132,7 @@ def gathering_main(usage: str, work: Callable[[Path, Path], str]) -> int:
             returns what to print.
 
     Returns:
-        The exit status: 0 done, 1 failed; of wrong usage argparse exits with 2.
+        The exit status: 0 done, 2 wrong usage, of which argparse exits by itself.
     """
     parser = argparse.ArgumentParser(
         description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -144,8 +144,8 @@ def gathering_main(usage: str, work: Callable[[Path, Path], str]) -> int:
         parser.error(f"--out: there is no folder {arguments.out.parent}: make it first")
     try:
         print(work(arguments.runs, arguments.out))
-    except FileNotFoundError as error:
-        return fail(error, FAILED)
+    except (OSError, WorkdirError) as error:
+        return fail(error, WRONG_USAGE)
     return 0
 
 
@@ -270,6 +270,12 @@ def _load_config(spec: str) -> ConfigDict:
         raise UsageError(f"config file {path} does not exist; {_known_configs(path.parent)}")
     try:
         config = ConfigFileFlagParser("config").parse(spec)
+    except SyntaxError as error:
+        raise UsageError(f"{path} is no Python: {error}") from error
+    except AttributeError as error:
+        if error.name != "get_config":  # a bug in the file
+            raise
+        raise UsageError(f"{path} is no config: it has no function get_config") from error
     except (TypeError, ValueError) as error:
         # The parser wraps the config's own error in a traceback.
         raise UsageError(f"{spec}: {error.__context__ or error}") from error

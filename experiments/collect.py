@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import cli
+from qat_jax.training.workdir import Workdir
 
 COLUMNS = ("notation", "weight_bits", "activation_bits", "clipping", "gradient", "narrow")
 
@@ -43,10 +44,11 @@ def gather(runs: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is none.
+        WorkdirError: one of them cannot be read.
     """
     found = []
     for path in sorted(runs.glob("*/result.json")):
-        result = json.loads(path.read_text())
+        result = Workdir(path.parent).result()
         result["command"] = without_folders(result["command"])
         config = result.pop("config")
         result["quant"] = config.get("quant")

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from qat_jax.text_file import read_text
+
 ARGUMENT = "quant"  # sweeps the config's ARG, which says how to quantise
 SEED = "seed"
 
@@ -111,7 +113,7 @@ def read_file(path: Path) -> tuple[dict[str, list[str]], list[dict[str, str]]]:
     if not path.is_file():
         raise FileNotFoundError(f"sweep file {path} does not exist")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     shape = "give `grid:` with a list of values for each key, `cells:` with a list of mappings"

@@ -14,19 +14,24 @@ from pathlib import Path
 
 from experiments import cli
 from experiments.collect import without_folders
+from qat_jax.training.workdir import Workdir
 
 
 def write(runs: Path, out: Path) -> str:
     """Copies the files and names them.
 
     Raises:
-        FileNotFoundError: there is no finished run of `experiments.hardware`.
+        FileNotFoundError: there is no finished run of `experiments.hardware`, or several.
+        WorkdirError: it cannot be read.
     """
     found = [path.parent for path in runs.glob("*/result.json")]
     found = [folder for folder in found if (folder / "designs.csv").is_file()]
     if len(found) != 1:
-        raise FileNotFoundError(f"{len(found)} finished runs of experiments.hardware in {runs}")
-    result = json.loads((found[0] / "result.json").read_text())
+        raise FileNotFoundError(
+            f"{len(found)} finished runs of experiments.hardware in {runs}: give the folder above "
+            "the folder of one"
+        )
+    result = Workdir(found[0]).result()
     del result["config"]  # the command says what is not a default
     result["command"] = without_folders(result["command"])
     written = [out.with_suffix(".json")]

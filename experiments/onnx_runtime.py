@@ -35,7 +35,7 @@ import onnxruntime
 from flax import nnx
 from ml_collections import ConfigDict
 
-from experiments import build, cli
+from experiments import build, cli, tasks
 from experiments.ptq import Bench
 from qat_jax.array_file import draft_of
 from qat_jax.export.onnx import EXACT_SESSION, to_onnx
@@ -85,14 +85,14 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "exact": session(workdir / QUANTISED, exact=True),
         "fast": session(workdir / QUANTISED, exact=False),
     }
-    batches = _batches(bench)
-    outputs = {name: _outputs(each, batches) for name, each in sessions.items()}
-    expected = {"float": _outputs(_jitted(bench.model), batches)}
-    expected["exact"] = expected["fast"] = _outputs(_jitted(quantised), batches)
-    seconds = _seconds(sessions, batches[0])
+    in_jax = {"JAX float": _jitted(bench.model), "JAX quantised": _jitted(quantised)}
+    outputs = _outputs(bench, sessions | in_jax)
+    expected = {"float": outputs.pop("JAX float")}
+    expected["exact"] = expected["fast"] = outputs.pop("JAX quantised")
+    seconds = _seconds(sessions, [np.asarray(x) for x in example])
     metrics: dict[str, Any] = {
         "count": len(outputs["float"]),
-        "batch_size": len(batches[0][0]),
+        "batch_size": bench.batch_size,
         "onnxruntime": onnxruntime.__version__,
         "float_bytes": (workdir / FLOAT).stat().st_size,
         "quantised_bytes": (workdir / QUANTISED).stat().st_size,
@@ -132,13 +132,6 @@ def session(path: Path, *, exact: bool) -> Run:
     return lambda inputs: loaded.run(None, dict(zip(names, inputs, strict=True)))[0]
 
 
-def _batches(bench: Bench) -> list[list[np.ndarray]]:
-    """What the network is called with, all test examples."""
-    arrays = [np.asarray(x) for x in bench.first_inputs(len(bench.test))]
-    starts = range(0, len(arrays[0]), bench.batch_size)
-    return [[x[start : start + bench.batch_size] for x in arrays] for start in starts]
-
-
 def _jitted(model: nnx.Module) -> Run:
     model.eval()
     graphdef, state = nnx.split(model)
@@ -146,8 +139,14 @@ def _jitted(model: nnx.Module) -> Run:
     return lambda inputs: np.asarray(forward(state, *inputs))
 
 
-def _outputs(network: Run, batches: list[list[np.ndarray]]) -> np.ndarray:
-    return np.concatenate([network(inputs) for inputs in batches])
+def _outputs(bench: Bench, networks: dict[str, Run]) -> dict[str, np.ndarray]:
+    """What each network says to all test examples, of which no more than a batch is held."""
+    said: dict[str, list[np.ndarray]] = {name: [] for name in networks}
+    for inputs, mask in tasks.eval_inputs(bench.task, bench.test, bench.batch_size):
+        arrays = [np.asarray(x) for x in inputs]
+        for name, network in networks.items():
+            said[name].append(network(arrays)[mask])
+    return {name: np.concatenate(parts) for name, parts in said.items()}
 
 
 def _seconds(networks: dict[str, Run], inputs: list[np.ndarray]) -> dict[str, float]:

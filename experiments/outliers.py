@@ -97,10 +97,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     started = time.monotonic()
     settings, folder = config.to_dict(), Workdir(workdir)
     with cli.setup_errors():
-        build.require_notation(config)
         # One threshold for the whole of an activation, whatever the notation has for its vectors.
-        bits = qj.Notation.parse(config.quant.notation).activation_bits
-        format = qj.Int(bits, signed=None, narrow=True)
+        format = qj.Int(build.activation_bits(config), signed=None, narrow=True)
         policy = build.ptq_policy(config)
         assert policy is not None  # "float" is no notation
         bench = Bench.from_config(config)

@@ -7,7 +7,7 @@ Prints a Markdown page: tables 1 to 4 of arXiv:2206.06501 with a command for eac
 expected to cost, and where the counterparts that have been run are.
 """
 
-import sys
+import argparse
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -218,6 +218,7 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        sys.exit(__doc__)
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     print(page())

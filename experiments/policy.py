@@ -3,9 +3,10 @@
 Usage:
     python -m experiments.policy POLICY [OTHER] [--first=PATTERN] [--last=PATTERN]
 
-POLICY and OTHER are YAML files or names of presets: octav-w4a4, vsquant-4/4U/4/6, nvfp4, …. One is
-printed as a file of it would be; of two the differences are, and the exit status is 1 if there are
-any. A file may name quantisers by a notation; what is printed has all their choices.
+POLICY and OTHER are YAML files or names of presets: octav-w4a4, vsquant-4/4U/4/6, nvfp4, octav-w4
+of weights alone, …. One is printed as a file of it would be; of two the differences are, and the
+exit status is 1 if there are any. A file may name quantisers by a notation; what is printed has all
+their choices.
 
 By itself a preset is one rule for all layers. Its name given to `quantize_model` keeps the first
 convolution and the classifier at 8 bits, and so does --config.quant; a file does if --first and

@@ -5,7 +5,8 @@ Usage:
         [--config.KEY=VALUE …]
 
 NOTATION is W/A/ws/as: bits of weights and activations (U: unsigned where the data is), then bits
-of the scales of their vectors of 16, or "-" for one floating-point scale a channel or layer.
+of the scales of their vectors of 16, or "-" for one floating-point scale a channel or layer. A "-"
+for A leaves activations in float: 4/-/4/-. A block format has its name: nvfp4, mxfp4-weights.
 
 Examples:
     A pretrained ResNet-20 on CIFAR-10, 4-bit vectors under 4- and 6-bit integer scales (VS-Quant):

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from experiments import cli
 from experiments.collect import without_folders
 from experiments.published import BEST_PER_CHANNEL, PUBLISHED
+from qat_jax.training.workdir import Workdir
 
 TITLES = {
     "calibrators": "static thresholds by calibrator, one scale an output channel or layer",
@@ -51,11 +52,14 @@ def write(runs: Path, out: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: there is no finished run of `ptq_tables`.
+        WorkdirError: a finished run cannot be read.
     """
-    results = [json.loads(path.read_text()) for path in sorted(runs.glob("*/result.json"))]
+    results = [Workdir(path.parent).result() for path in sorted(runs.glob("*/result.json"))]
     results = [result for result in results if "cells" in result["metrics"]]
     if not results:
-        raise FileNotFoundError(f"no finished run of ptq_tables in {runs}")
+        raise FileNotFoundError(
+            f"no finished run of ptq_tables in {runs}: give the folder above the run folders"
+        )
     written = [out.with_suffix(".json")]
     written[0].write_text(json.dumps([_summary(result) for result in results], indent=1) + "\n")
     per_channel = [

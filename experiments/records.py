@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qat_jax import Notation
-from qat_jax.training.workdir import with_floats
+from qat_jax.training.workdir import Workdir, with_floats
 
 # What a run is judged by, the first that it measured: shares in [0, 1].
 HEADLINES = ("test_f1", "test_accuracy", "integer_accuracy")
@@ -60,7 +60,7 @@ class Run:
 
     @property
     def activation_bits(self) -> int | None:
-        """Likewise."""
+        """Likewise; 32 where a notation leaves activations alone."""
         return self._bits("activation")
 
     def _bits(self, side: str) -> int | None:
@@ -73,7 +73,7 @@ class Run:
         if not notation:
             return quant.get(f"{side}_bits")
         try:
-            return getattr(Notation.parse(notation), f"{side}_bits")
+            return getattr(Notation.parse(notation), f"{side}_bits") or FLOAT_BITS
         except ValueError:  # a block format
             return None
 
@@ -152,16 +152,17 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
 
     Raises:
         FileNotFoundError: there is no finished run.
+        WorkdirError: a file of a run cannot be read.
     """
     runs, unfinished = [], []
     for path in sorted(folder.rglob("config.json")):
         name = str(path.parent.relative_to(folder)) if path.parent != folder else folder.name
-        settings = json.loads(path.read_text())
+        run = Workdir(path.parent)
+        settings = run.settings()
         if settings.get("experiment") == "sweep":
             continue
-        result = path.with_name("result.json")
-        if result.exists():
-            runs.append(Run(name, path.parent, json.loads(result.read_text())))
+        if run.result_path.exists():
+            runs.append(Run(name, path.parent, run.result()))
         else:
             unfinished.append(name)
     if not runs:
@@ -213,7 +214,8 @@ def _label(run: Run, keys: Sequence[str], *, bits: bool) -> str:
         keys = [key for key in keys if not key.startswith(_OF_QUANTISATION)]
         parts.append("float")
     elif not bits and run.activation_bits != run.bits:
-        parts.append(f"activations {run.activation_bits} bits")
+        in_float = run.activation_bits == FLOAT_BITS
+        parts.append(f"activations {'in float' if in_float else f'{run.activation_bits} bits'}")
     for key in keys:
         name, value = key.rpartition(".")[2], run.settings.get(key)
         if name == "policy":

@@ -13,6 +13,7 @@ from qat_jax.training.optimizer import make_optimizer
 from qat_jax.training.state import create_state, restore_model
 from qat_jax.training.workdir import Workdir
 
+_OF_A_NETWORK = ("task", "dataset", "model", "quant")  # of a config
 PACKED = "packed.safetensors"  # what a run of `experiments.ptq` leaves of its network
 
 
@@ -21,10 +22,15 @@ def finished_config(folder: Path) -> ConfigDict:
 
     Raises:
         WorkdirError: the folder holds no run.
-        ValueError: the run is not finished.
+        ValueError: the run is not finished, or of a main that leaves no network.
     """
     run = Workdir(folder)
     config = ConfigDict(run.settings())
+    if missing := [section for section in _OF_A_NETWORK if section not in config]:
+        raise ValueError(
+            f"{folder} is no run of experiments.train or experiments.ptq, its config has no "
+            f"{missing[0]}: name one"
+        )
     if not run.result_path.exists():
         raise ValueError(f"{folder} is not finished: repeat the command that trains it")
     return config

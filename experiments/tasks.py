@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from qat_jax import data
@@ -129,6 +130,20 @@ def first_inputs(task: Task, source: Any, count: int) -> tuple[jax.Array, ...]:
     """What the model is called with on the first examples of a source."""
     batch = next(data.eval_batches(source, batch_size=count, fields=task.fields))
     return _inputs(task, batch)
+
+
+def eval_inputs(
+    task: Task, source: Any, batch_size: int
+) -> Iterator[tuple[tuple[jax.Array, ...], np.ndarray]]:
+    """What the model is called with on each batch of a source, and which of it are no fillers.
+
+    All batches have one shape: sequences are as long as the source has them.
+    """
+    batches = data.eval_batches(
+        source, batch_size=batch_size, fields=task.fields, num_threads=task.num_threads
+    )
+    for batch in batches:
+        yield _inputs(task, batch), batch["mask"]
 
 
 def _inputs(task: Task, batch: HostBatch) -> tuple[jax.Array, ...]:

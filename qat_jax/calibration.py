@@ -1,8 +1,9 @@
 """Thresholds in a model's state: found on sample batches and frozen, or carried along."""
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qat_jax.granularity import Granularity, PerChannel, PerTensor, PerVector
 from qat_jax.nnx import (
     Candidate,
     Carried,
+    LayerSite,
     OperandQuantizer,
     Threshold,
     captured_by_operand,
@@ -196,14 +198,13 @@ def load_thresholds(model: nnx.Module, path: str | Path) -> None:
             f"{path} has thresholds for {unknown[0]!r}, which the model does not quantise: "
             "quantise it with the policy that was calibrated"
         )
-    kernels = {
-        site.weights: site.layer.kernel.shape
-        for site in layer_sites(model)
-        if hasattr(site.layer, "kernel")
-    }
+    kernels = {site.path: site for site in layer_sites(model) if hasattr(site.layer, "kernel")}
     for name, array in arrays.items():
         granularity = quantizers[name].quantizer.granularity
-        if not _fits(array.shape, granularity, kernels.get(name)):
+        if not any(
+            _fits(shape, granularity, kernel)
+            for shape, kernel in _of_one_layer(array.shape, name, kernels)
+        ):
             raise ValueError(
                 f"{path} has thresholds of shape {array.shape} for {name!r}, which does not go "
                 f"with {granularity} there: they are of another model or policy"
@@ -212,6 +213,30 @@ def load_thresholds(model: nnx.Module, path: str | Path) -> None:
             raise ValueError(f"{path} has thresholds for {name!r} that are negative or not finite")
     for name, array in arrays.items():
         quantizers[name].threshold = Threshold(jnp.asarray(array))
+
+
+def _of_one_layer(
+    shape: tuple[int, ...], operand: str, kernels: Mapping[str, LayerSite]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...] | None]]:
+    """A shape of thresholds, and the kernel's if it is known, without the axes of a stack.
+
+    The thresholds of a stack, as ``nnx.vmap`` and ``nnx.scan`` take layers, are stacked in front;
+    where in a kernel the layers lie is not said anywhere, so that all that is possible comes.
+    """
+    layer = operand.rpartition("/")[0]
+    # Attention has no kernel of its own, but layers inside that are stacked as it is.
+    site = kernels.get(layer) or next(
+        (site for path, site in kernels.items() if path.startswith(f"{layer}/")), None
+    )
+    if site is None:
+        yield shape, None
+        return
+    kernel = site.layer.kernel.shape
+    depth = len(kernel) - site.kernel_rank
+    for stack in itertools.combinations(range(len(kernel)), depth):
+        if shape[:depth] == tuple(kernel[axis] for axis in stack):
+            one = tuple(length for axis, length in enumerate(kernel) if axis not in stack)
+            yield shape[depth:], one if is_weight(operand) else None
 
 
 def _fits(shape: tuple[int, ...], granularity: Granularity, kernel: tuple[int, ...] | None) -> bool:

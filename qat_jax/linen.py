@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
-from flax import nnx
+from flax import nnx, traverse_util
 from jax import lax
 
 from qat_jax import ops
@@ -22,7 +22,7 @@ from qat_jax.granularity import ChannelAxis, VectorAxis
 from qat_jax.padding import QUERIES, TOKENS, without_padding
 from qat_jax.policy import Policy, Rule, preset_for_layers
 from qat_jax.quantizer import Quantizer
-from qat_jax.report import LayerReport, Report
+from qat_jax.report import LayerReport, Report, Rest
 
 COLLECTION = "diagnostics"
 
@@ -116,13 +116,13 @@ def quantize_model(
         raise TypeError("the model is an NNX module: use qat_jax.quantize_model")
     if isinstance(module, QuantizedModel):
         raise TypeError("the model is quantised already: give its float model, .module")
-    sites = _sites(module, args, kwargs)
+    sites, variables = _sites(module, args, kwargs)
     convolutions = [path for path, site in sites.items() if site.kind is nn.Conv]
     dense = [path for path, site in sites.items() if site.kind in (nn.Dense, nn.DenseGeneral)]
     policy = preset_for_layers(policy, convolutions, dense)
     placed = policy.place(list(sites))
     layers = tuple(_layer(path, site, placed.get(path, _ALONE)) for path, site in sites.items())
-    return QuantizedModel(module, placed, Report(layers))
+    return QuantizedModel(module, placed, Report(layers, _rest(variables, sites)))
 
 
 _ALONE = Rule(".*")
@@ -288,8 +288,22 @@ def _layer(path: str, site: _Site, rule: Rule) -> LayerReport:
 _recording = jax.make_user_context(False)
 
 
-def _sites(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, _Site]:
-    """The layers that can be quantised, by path, in the order in which they run."""
+def _rest(variables: Mapping[str, Any], sites: Mapping[str, _Site]) -> Rest:
+    """The parameters that are no kernel of these layers."""
+    parameters = traverse_util.flatten_dict(nn.meta.unbox(variables.get("params", {})), sep="/")
+    kernels = {f"{path}/kernel" if path else "kernel" for path in sites}
+    others = [x for name, x in parameters.items() if name not in kernels]
+    return Rest(
+        parameters=sum(x.size for x in others),
+        bytes=sum(x.size * x.dtype.itemsize for x in others),
+        of=sum(x.size for x in parameters.values()),
+    )
+
+
+def _sites(
+    module: nn.Module, args: tuple, kwargs: dict
+) -> tuple[dict[str, _Site], Mapping[str, Any]]:
+    """The layers that can be quantised, by path, in the order in which they run; the variables."""
     sites: dict[str, _Site] = {}
 
     def record(call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
@@ -305,8 +319,8 @@ def _sites(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, _Site]:
         return module.init(rngs, *args, **kwargs)
 
     with _recording(True), nn.intercept_methods(record):
-        jax.eval_shape(init, jax.random.key(0))
-    return sites
+        variables = jax.eval_shape(init, jax.random.key(0))
+    return sites, variables
 
 
 def _refuse_jit(path: str, module: Any) -> None:

@@ -6,6 +6,7 @@
 injected are NNX modules themselves, so that quantisers can sow diagnostics and hold state.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -24,9 +25,10 @@ from qat_jax.granularity import ChannelAxis, VectorAxis
 from qat_jax.padding import QUERIES, TOKENS, keep_padding, without_padding
 from qat_jax.policy import Policy, Rule, preset_for_layers
 from qat_jax.quantizer import QTensor, Quantizer, fake_quant, quantize
-from qat_jax.report import LayerReport, Report
+from qat_jax.report import LayerReport, Report, Rest
 
 Sown = TypeVar("Sown")
+_NAMED = 3  # layers that a message lists
 
 
 class Diagnostic(nnx.Variable):
@@ -240,8 +242,9 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
 
     Raises:
       TypeError: the model is of Linen, or the policy neither a policy nor a name.
-      ValueError: if a rule matches no layer, or a matched layer already has an operation of its
-        own in the place where the quantised one would go.
+      ValueError: if a rule matches no layer, or a matched layer is quantised already or has an
+        operation of its own in the place where the quantised one would go. Layers that an earlier
+        policy left alone can be quantised by another one.
 
     Example:
       >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu)
@@ -249,6 +252,7 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
       >>> print(report(model))
       layer     type    weights                          activations
       layers/0  Linear  int8 narrow PerTensor Octav mad  auto8 narrow PerTensor Octav pwl
+      beside these kernels: 8 of 40 parameters (20 %), 32 bytes, which stay as they are
     """
     if isinstance(model, linen.Module):
         raise TypeError("the model is a Linen module: use qat_jax.linen.quantize_model")
@@ -257,6 +261,7 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
     linears = [s.path for s in sites if isinstance(s.layer, nnx.Linear | nnx.LinearGeneral)]
     policy = preset_for_layers(policy, convolutions, linears)
     placed = policy.place([site.path for site in sites])
+    _refuse_quantised([site for site in sites if _gets_something(placed.get(site.path))])
     replacements = {
         site.path: _replacement(site, placed[site.path]) for site in sites if site.path in placed
     }
@@ -279,17 +284,17 @@ def report(model: nnx.Module) -> Report:
     Returns:
       A report that prints as a table.
     """
-    return Report(
-        tuple(
-            LayerReport(
-                path=site.path,
-                kind=type(site.layer).__name__,
-                weights=_installed(site, "weights"),
-                activations=_installed(site, "activations"),
-            )
-            for site in layer_sites(model)
+    sites = layer_sites(model)
+    layers = tuple(
+        LayerReport(
+            path=site.path,
+            kind=type(site.layer).__name__,
+            weights=_installed(site, "weights"),
+            activations=_installed(site, "activations"),
         )
+        for site in sites
     )
+    return Report(layers, _rest(model, sites))
 
 
 def diagnostics_by_layer(captured: nnx.State) -> dict[str, Diagnostics]:
@@ -482,6 +487,16 @@ class LayerSite(NamedTuple):
         return f"{self.path}/activations" if self.path else "activations"
 
     @property
+    def kernel_rank(self) -> int:
+        """How many axes its kernel has, those of a stack of layers (``nnx.scan``) left out."""
+        match self.layer:
+            case nnx.Linear():
+                return 2
+            case nnx.LinearGeneral(batch_axis=batch, in_features=inputs, out_features=outputs):
+                return len(batch) + len(inputs) + len(outputs)
+        return len(self.layer.kernel_shape)
+
+    @property
     def installed(self) -> Any:
         """What the injection point holds."""
         return getattr(self.layer, self.hook.attribute)
@@ -532,11 +547,33 @@ def copy_model(model: nnx.Module) -> nnx.Module:
     return nnx.merge(*nnx.split(model), copy=True)
 
 
+def _gets_something(rule: Rule | None) -> bool:
+    return rule is not None and (rule.weights is not None or rule.activations is not None)
+
+
+def _refuse_quantised(sites: Iterable[LayerSite]) -> None:
+    """Raises ValueError if layers that are to be quantised are so already, packed or not."""
+    found = [
+        site.path
+        for site in sites
+        if isinstance(site.installed, nnx.Module)
+        and any(isinstance(x, DescribedQuantizer) for _, x in nnx.iter_graph(site.installed))
+    ]
+    if found:
+        names = ", ".join(path or "the layer itself" for path in found[:_NAMED])
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise ValueError(
+            f"quantised already: {names}{more}; give the float model, or leave "
+            f"such layers as they are with rules like Rule({found[0]!r}) in front"
+        )
+
+
 def _replacement(site: LayerSite, rule: Rule) -> nnx.Module | None:
     """The quantised operation for a layer, or None where the rule quantises nothing of it."""
-    if rule.weights is None and rule.activations is None:
+    if not _gets_something(rule):
         return None
-    if (
+    replacement = site.hook.replacement(site.layer, rule)
+    if replacement is not None and (
         site.installed not in site.hook.plain
         or getattr(site.layer, "dot_general_cls", None) is not None
     ):
@@ -544,7 +581,7 @@ def _replacement(site: LayerSite, rule: Rule) -> nnx.Module | None:
             f"{site.path} already has a {site.hook.attribute} of its own: quantise the model "
             f"before that is set, or leave the layer alone with Rule({site.path!r}) in front"
         )
-    return site.hook.replacement(site.layer, rule)
+    return replacement
 
 
 def _installed(site: LayerSite, operand: str) -> Quantizer | None:
@@ -555,6 +592,23 @@ def _installed(site: LayerSite, operand: str) -> Quantizer | None:
     else:
         replacement = getattr(replacement, operand, None)
     return getattr(replacement, "quantizer", None)
+
+
+def _rest(model: nnx.Module, sites: Iterable[LayerSite]) -> Rest:
+    """The parameters that are no kernel of these layers."""
+    kernels: dict[int, int] = {}  # several layers may share one
+    for site in sites:
+        if (kernel := getattr(site.layer, "kernel", None)) is not None:
+            stored = getattr(getattr(site.installed, "weights", None), "packed", None)
+            kernels[id(kernel)] = math.prod((kernel if stored is None else stored).shape)
+    parameters = [x for _, x in nnx.iter_graph(model) if isinstance(x, nnx.Param)]
+    others = jax.tree.leaves([x.get_value() for x in parameters if id(x) not in kernels])
+    count = sum(x.size for x in others)
+    return Rest(
+        parameters=count,
+        bytes=sum(x.size * x.dtype.itemsize for x in others),
+        of=count + sum(kernels.values()),
+    )
 
 
 def _operand(

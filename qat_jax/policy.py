@@ -64,7 +64,7 @@ class Rule:
 
         Args:
           pattern: see `Rule`.
-          notation: W/A/ws/as, such as "4/4U/4/6": see `Notation`.
+          notation: W/A/ws/as, such as "4/4U/4/6", or "4/-/4/-" of weights alone: see `Notation`.
           vector_size: V, the elements of a vector.
           weight_clipping: of weights, the maximum if None, as in the paper.
           activation_clipping: of activations, likewise.
@@ -107,7 +107,9 @@ class Rule:
                 weight_clipping,
                 weight_gradient,
             ),
-            activations=quantizer(
+            activations=None
+            if parsed.activation_bits is None
+            else quantizer(
                 Int(parsed.activation_bits, signed=None if parsed.unsigned else True, narrow=True),
                 parsed.activation_scale,
                 PerTensor(),
@@ -155,7 +157,7 @@ class Policy:
         *,
         first: str | None = None,
         last: str | None = None,
-        edges: str = "8/8U",
+        edges: str | None = None,
         **options: Any,
     ) -> "Policy":
         """The policy that VS-Quant's notation names.
@@ -164,7 +166,8 @@ class Policy:
           notation: W/A/ws/as of every layer but the ends, such as "4/4U/4/6": see `Notation`.
           first: pattern of the first convolution, if it is to follow ``edges``.
           last: pattern of the classifier, likewise.
-          edges: notation of these two, clipped at the maximum.
+          edges: notation of these two, clipped at the maximum; 8/8U if None, or 8/- where
+            ``notation`` leaves activations alone.
           **options: of `Rule.from_notation`.
 
         Returns:
@@ -175,6 +178,8 @@ class Policy:
           >>> rule.weights.granularity, rule.weights.scale.bits, rule.activations.scale.bits
           (PerVector(size=16), 4, 6)
         """
+        if edges is None:
+            edges = edges_beside(Notation.parse(notation).activation_bits is None)
         ends = [Rule.from_notation(end, edges) for end in (first, last) if end is not None]
         return cls([*ends, Rule.from_notation(".*", notation, **options)])
 
@@ -205,9 +210,14 @@ class Policy:
         return placed
 
 
+def edges_beside(weights_alone: bool) -> str:
+    """The notation of the ends, beside layers that quantise their weights alone or not."""
+    return "8/-" if weights_alone else "8/8U"
+
+
 def uniform_policy(
     weight_bits: int,
-    activation_bits: int,
+    activation_bits: int | None,
     *,
     clipping: Clipping | None = None,
     gradient: str | GradientRule = "mph",
@@ -226,7 +236,8 @@ def uniform_policy(
 
     Args:
       weight_bits: of the weights between the two ends.
-      activation_bits: of the activations between the two ends.
+      activation_bits: of the activations between the two ends; None leaves all activations as
+        they are, the ends' too.
       clipping: how thresholds are found, OCTAV by default.
       gradient: "ste", "pwl", "mad" or a rule for weights and activations alike, or "mph", the
         paper's choice: MAD for weights, PWL for activations.
@@ -235,7 +246,7 @@ def uniform_policy(
         (docs/decisions.md).
       first: pattern of the first convolution, if one is to have ``edge_bits``.
       last: pattern of the classifier, likewise.
-      edge_bits: of weights and activations of those two.
+      edge_bits: of what is quantised of those two.
       edge_clipping: of those two, ``clipping`` by default.
       activation_granularity: of all activations; `PerShard` saves collectives.
 
@@ -249,12 +260,14 @@ def uniform_policy(
     def weights(bits: int, granularity: PerChannel | PerTensor, clipping: Clipping) -> Quantizer:
         return Quantizer(Int(bits, narrow=narrow), granularity, clipping, weight_gradient)
 
-    def activations(bits: int, clipping: Clipping) -> Quantizer:
+    def activations(bits: int | None, clipping: Clipping) -> Quantizer | None:
+        if bits is None:
+            return None
         format = Int(bits, signed=None, narrow=narrow)
         return Quantizer(format, activation_granularity, clipping, activation_gradient)
 
     rules = []
-    edge_activations = activations(edge_bits, edge_clipping)
+    edge_activations = activations(activation_bits and edge_bits, edge_clipping)
     if first is not None:
         edge_weights = weights(edge_bits, PerChannel(), edge_clipping)
         rules.append(Rule(first, edge_weights, edge_activations))
@@ -275,18 +288,23 @@ _BLOCKS: dict[str, tuple[Format, int, Scale]] = {
     "mxfp8-e5m2": (Float(5, 2), 32, E8M0()),
     "mxint8": (Int(8, narrow=True), 32, E8M0()),
 }
-BLOCK_FORMATS = tuple(_BLOCKS)
+_ALONE = "-weights"  # what follows the name of a block format that activations do not have
+BLOCK_FORMATS = (*_BLOCKS, *(name + _ALONE for name in _BLOCKS))
 
 
 def preset(name: str, *, first: str | None = None, last: str | None = None) -> Policy:
     """A named policy: ``octav-w4a4``, ``max-w8a8``, ``vsquant-4/4U/4/6``, ``nvfp4``, ….
 
+    Weights alone have names too: ``octav-w4``, ``vsquant-4/-/4/-``, ``mxfp4-weights``. Beside them
+    activations stay in floating point, where ``octav-w4a16`` makes them integers of 16 bits.
+
     Args:
-      name: one of three kinds. ``octav`` or ``max``, then the bits of weights and of activations,
-        then if wanted the gradient (``mph`` if not): see `uniform_policy`. ``vsquant-`` and a
-        `Notation`: see `Policy.from_notation`. ``nvfp4``, ``mxfp4``, ``mxfp6`` (E2M3),
-        ``mxfp6-e3m2``, ``mxfp8`` (E4M3), ``mxfp8-e5m2`` or ``mxint8``: weights and activations
-        of all layers, the ends too, in that block format.
+      name: one of three kinds. ``octav`` or ``max``, then the bits of weights and, if they are
+        quantised, of activations, then if wanted the gradient (``mph`` if not): see
+        `uniform_policy`. ``vsquant-`` and a `Notation`: see `Policy.from_notation`. ``nvfp4``,
+        ``mxfp4``, ``mxfp6`` (E2M3), ``mxfp6-e3m2``, ``mxfp8`` (E4M3), ``mxfp8-e5m2`` or
+        ``mxint8``: weights and activations of all layers, the ends too, in that block format;
+        followed by ``-weights``, the weights alone.
       first: pattern of the first convolution, kept at 8 bits; block formats do not.
       last: pattern of the classifier, likewise.
 
@@ -299,24 +317,26 @@ def preset(name: str, *, first: str | None = None, last: str | None = None) -> P
     Example:
       >>> preset("octav-w4a4", first="stem", last="head").rules[0].weights.format.bits
       8
+      >>> print(preset("octav-w4").rules[0].activations)
+      None
     """
-    if name in _BLOCKS:
-        format, size, scale = _BLOCKS[name]
+    if name in BLOCK_FORMATS:
+        format, size, scale = _BLOCKS[name.removesuffix(_ALONE)]
         block = Quantizer(format, PerVector(size), AbsMax(), "ste", scale)
-        return Policy([Rule(".*", block, block)])
+        return Policy([Rule(".*", block, None if name.endswith(_ALONE) else block)])
     if name.startswith("vsquant-"):
         return Policy.from_notation(name.removeprefix("vsquant-"), first=first, last=last)
-    match = re.fullmatch(r"(octav|max)-w(\d+)a(\d+)(?:-(mph|mad|pwl|ste))?", name)
+    match = re.fullmatch(r"(octav|max)-w(\d+)(?:a(\d+))?(?:-(mph|mad|pwl|ste))?", name)
     if match is None:
         raise ValueError(
-            f"no preset {name!r}: write octav-w4a4 or max-w4a4 with bits of your own, and a "
-            "gradient if you like, as in octav-w4a4-ste (mph, mad, pwl or ste); "
-            f"vsquant-4/4U/4/6; or {', '.join(_BLOCKS)}"
+            f"no preset {name!r}: write octav-w4a4 or max-w4a4 with bits of your own, octav-w4 for "
+            "weights alone, and a gradient if you like, as in octav-w4a4-ste (mph, mad, pwl or "
+            f"ste); vsquant-4/4U/4/6; or {', '.join(_BLOCKS)}, or one of these with {_ALONE}"
         )
     clipping, weight_bits, activation_bits, gradient = match.groups()
     return uniform_policy(
         int(weight_bits),
-        int(activation_bits),
+        None if activation_bits is None else int(activation_bits),
         clipping=Octav() if clipping == "octav" else AbsMax(),
         gradient=gradient or "mph",
         first=first,

@@ -9,6 +9,7 @@ import yaml
 from qat_jax.expressions import from_text, to_text
 from qat_jax.policy import Policy, Rule
 from qat_jax.quantizer import Quantizer
+from qat_jax.text_file import read_text
 
 _HEAD = "# The first rule whose pattern matches the whole path of a layer decides.\n"
 _SIDES = ("weights", "activations")
@@ -116,11 +117,11 @@ def load_policy(path: str | Path) -> Policy:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: as of `policy_from_yaml`.
+      ValueError: as of `policy_from_yaml`, or it is no text.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"policy file {path} does not exist")
-    return policy_from_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+    return policy_from_yaml(read_text(path), str(path))
 
 
 def _rule(written: Any) -> Rule:

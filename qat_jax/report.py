@@ -27,6 +27,28 @@ class LayerReport:
     activations: Quantizer | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Rest:
+    """What nothing quantises: embeddings, biases, norms and other parameters that are no kernel.
+
+    Attributes:
+      parameters: how many they are.
+      bytes: as they are stored.
+      of: how many parameters the model has.
+    """
+
+    parameters: int
+    bytes: int
+    of: int
+
+    def __str__(self) -> str:
+        share = 100 * self.parameters / max(self.of, 1)
+        return (
+            f"beside these kernels: {self.parameters:,} of {self.of:,} parameters ({share:.3g} %), "
+            f"{self.bytes:,} bytes, which stay as they are"
+        )
+
+
 _FLOAT = "float"  # what has no quantiser
 _HEAD = ("layer", "type", "weights", "activations")
 
@@ -36,21 +58,28 @@ class Report:
     """Every layer that could be quantised, in order of definition.
 
     It is a table at a prompt, printed, and in a notebook.
+
+    Attributes:
+      layers: of each what it got.
+      rest: what no layer's kernel is.
     """
 
     layers: tuple[LayerReport, ...]
+    rest: Rest
 
     def __repr__(self) -> str:
         rows = [_HEAD, *self._rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
                  for row in rows]  # fmt: skip
-        return "\n".join(lines)
+        return "\n".join([*lines, str(self.rest)])
 
     def _repr_html_(self) -> str:
         # Colours are the page's own, be it light or dark; what stays in float stands back.
         lines = [_html_row("th", _HEAD), *(_html_row("td", row) for row in self._rows)]
-        return f"<table>\n{''.join(lines)}</table>"
+        below = "caption-side:bottom;text-align:left"
+        caption = f'<caption style="{below}">{html.escape(str(self.rest))}</caption>\n'
+        return f"<table>\n{caption}{''.join(lines)}</table>"
 
     @property
     def _rows(self) -> list[tuple[str, str, str, str]]:

@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import re
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import bert_memory, freed_memory, inference, sizes, thresholds, train_step
+from benchmarks import bert_memory, freed_memory, inference, record, sizes, thresholds, train_step
 from benchmarks.collectives import Traffic, traffic
 from benchmarks.workloads import WORKLOADS, unquantised
 from qat_jax import PerTensor
@@ -189,3 +190,14 @@ def test_thresholds_are_timed_and_judged(tmp_path, monkeypatch, capsys):
 
 def thresholds_of_tests(elements):
     return np.random.default_rng(0).standard_t(3, (elements // 256, 256)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("read", "wrong"), [(record.count, "0"), (record.count, "x"), (record.bits, "17")]
+)
+def test_wrong_counts_are_wrong_usage(read, wrong, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--flag", type=read)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        parser.parse_args([f"--flag={wrong}"])
+    assert f"argument --flag: {wrong} is not" in capsys.readouterr().err

@@ -202,3 +202,47 @@ def test_the_storage_of_a_model():
     assert whole.elements == 48 + 8 + 24 + 3
     assert whole.code_bits == (48 + 24) * 4 + 11 * 32
     assert whole.bytes == -(-(whole.code_bits + whole.scale_bits + whole.coarse_bits) // 8)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.layer = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.layer(self.attention(x))
+
+
+class Stack(nnx.Module):
+    """Blocks that `nnx.vmap` makes and `nnx.scan` runs, the layers on some axis of the kernels."""
+
+    def __init__(self, depth, axis=0):
+        self.axes = nnx.StateAxes({nnx.Param: axis, ...: 0})
+        make = nnx.vmap(Block, in_axes=0, out_axes=self.axes)
+        self.blocks = nnx.split_rngs(splits=depth)(make)(nnx.Rngs(0))
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(self.axes, nnx.Carry), out_axes=nnx.Carry)
+        def run(block, x):
+            return block(x)
+
+        return run(self.blocks, x)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("policy", ["octav-w4a4", "vsquant-4/4U/4/-"])
+def test_thresholds_of_stacked_layers_go_through_a_file(tmp_path, policy, axis):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    policy = qj.preset(policy, last="blocks/layer")
+    model = qj.quantize_model(Stack(3, axis), policy)
+    frozen = qj.calibrate(model, [x])
+    assert {"blocks/layer/weights", "blocks/attention/query"} <= set(frozen)
+    assert model.blocks.layer.dot_general.weights.threshold.shape[0] == 3
+    qj.save_thresholds(model, tmp_path / "t.safetensors")
+    loaded = qj.quantize_model(Stack(3, axis), policy)
+    qj.load_thresholds(loaded, tmp_path / "t.safetensors")
+    np.testing.assert_array_equal(loaded(x), model(x))
+
+    deeper = qj.quantize_model(Stack(4, axis), policy)
+    with pytest.raises(ValueError, match=r"thresholds of shape .* they are of another model"):
+        qj.load_thresholds(deeper, tmp_path / "t.safetensors")

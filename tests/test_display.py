@@ -103,3 +103,52 @@ def test_a_linen_model_shows_its_table():
     assert repr(model) == f"QuantizedModel of LinenNet\n{model.report}"
     assert model._repr_html_() == f"QuantizedModel of LinenNet{model.report._repr_html_()}"
     assert ">float</td>" in model._repr_html_()
+
+
+class WithRest(nnx.Module):
+    """640 parameters in two kernels; 104 besides, 64 of these in half precision."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(8, 8, param_dtype=jnp.bfloat16, rngs=rngs)
+        self.shift = nnx.Param(jnp.zeros(8))
+        self.body = nnx.Linear(8, 64, use_bias=False, rngs=rngs)
+        self.same = nnx.Linear(8, 64, use_bias=False, rngs=rngs)
+        self.same.kernel = self.body.kernel
+        self.head = nnx.Linear(64, 2, rngs=rngs)
+        self.scale = nnx.LayerNorm(30, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.body(self.embed(x) + self.shift) + self.same(self.embed(x)))
+
+
+def test_a_report_counts_what_nothing_quantises():
+    tokens = jnp.ones((2, 3), jnp.int32)
+    policy = qj.Policy([qj.Rule("head", W4), qj.Rule(".*", W4)])
+    model = qj.quantize_model(WithRest(), policy)
+    expected = (
+        "beside these kernels: 104 of 744 parameters (14 %), 288 bytes, which stay as they are"
+    )
+    for each in (WithRest(), model, nnx.eval_shape(WithRest)):
+        report = qj.report(each)
+        assert str(report).splitlines()[-1] == expected
+        assert expected in report._repr_html_()
+    # Packed, each layer has the shared kernel for itself.
+    packed = qj.report(integer.pack_model(model, tokens)).rest
+    assert (packed.parameters, packed.bytes, packed.of) == (104, 288, 744 + 512)
+
+
+def test_a_linen_report_counts_it_too():
+    class LinenNet(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Embed(8, 8, param_dtype=jnp.bfloat16)(x)
+            return nn.Dense(3, name="head")(x + self.param("shift", nn.initializers.zeros, (8,)))
+
+    x = jnp.ones((2, 3), jnp.int32)
+    report = qlinen.quantize_model(LinenNet(), qj.Policy([qj.Rule(".*", W4)]), x).report
+    assert str(report).endswith(
+        "beside these kernels: 75 of 99 parameters (75.8 %), 172 bytes, which stay as they are"
+    )
+    bare = qlinen.quantize_model(nn.Dense(3), qj.Policy([qj.Rule(".*", W4)]), jnp.ones((2, 4)))
+    assert (bare.report.rest.parameters, bare.report.rest.of) == (3, 15)

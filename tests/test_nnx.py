@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 
 import qat_jax as qj
+from qat_jax.integer import integer_model, pack_model
 
+W8 = qj.Quantizer(qj.Int(8))
 W4 = qj.Quantizer(qj.Int(4), qj.PerChannel(), qj.Octav(), "mad")
 A4 = qj.Quantizer(qj.Int(4, signed=None), qj.PerTensor(), qj.Octav(), "pwl")
 EVERYWHERE = qj.Policy([qj.Rule(".*", weights=W4, activations=A4)])
@@ -192,7 +194,7 @@ def test_errors_come_before_anything_is_changed():
     with pytest.raises(ValueError, match=r"'conv\.\*' matches no layer.*stem, blocks/0"):
         qj.quantize_model(model, qj.Policy([qj.Rule("conv.*", W4)]))
     once = qj.quantize_model(model, "octav-w4a4")
-    with pytest.raises(ValueError, match="stem already has a conv_general_dilated of its own"):
+    with pytest.raises(ValueError, match="quantised already: stem, "):
         qj.quantize_model(once, "octav-w2a2")
     model.classifier.dot_general = functools.partial(jax.lax.dot_general)
     with pytest.raises(ValueError, match="classifier already has a dot_general"):
@@ -306,3 +308,28 @@ def test_scanned_layers_with_remat():
     np.testing.assert_allclose(run(stacked, x), expected, rtol=1e-4, atol=1e-5)
     gradient = nnx.grad(lambda layer: jnp.sum(run(layer, x)))(stacked)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+
+
+def test_a_quantised_model_is_not_quantised_again():
+    first = nnx.Sequential(*(nnx.Linear(4, 4, rngs=nnx.Rngs(seed)) for seed in range(5)))
+    model = qj.quantize_model(first, "octav-w4a4")
+    packed = pack_model(model, jnp.ones((1, 4)))
+    for again in (model, packed, integer_model(packed)):
+        with pytest.raises(
+            ValueError,
+            match=r"quantised already: layers/0, layers/1, layers/2 and 2 more; give the float "
+            r"model, or .*Rule\('layers/0'\) in front",
+        ):
+            qj.quantize_model(again, "max-w8a8")
+    attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0))
+    both = qj.Policy([qj.Rule("", W4, W4), qj.Rule(".*")])
+    with pytest.raises(ValueError, match="quantised already: the layer itself"):
+        qj.quantize_model(qj.quantize_model(attention, both), both)
+
+
+def test_what_a_policy_left_alone_another_one_may_quantise():
+    first = nnx.Sequential(*(nnx.Linear(4, 4, rngs=nnx.Rngs(seed)) for seed in range(2)))
+    model = qj.quantize_model(first, qj.Policy([qj.Rule("layers/0", W4)]))
+    rest = qj.Policy([qj.Rule("layers/0"), qj.Rule(".*", W8)])
+    layers = qj.report(qj.quantize_model(model, rest)).layers
+    assert [layer.weights.format.bits for layer in layers] == [4, 8]

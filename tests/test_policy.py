@@ -63,7 +63,7 @@ def test_choices_of_the_uniform_policy():
     )
 
 
-@pytest.mark.parametrize("name", ["octav", "octav-w4", "sweep-w4a4", "octav-w4a4-mpg"])
+@pytest.mark.parametrize("name", ["octav", "octav-a4", "sweep-w4a4", "octav-w4a4-mpg"])
 def test_unknown_presets_teach_the_grammar(name):
     with pytest.raises(ValueError, match="write octav-w4a4 or max-w4a4"):
         preset(name)

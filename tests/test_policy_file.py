@@ -159,8 +159,8 @@ def test_policies_are_printed_and_compared(tmp_path, capsys):
     found = capsys.readouterr().out.splitlines()
     assert "-    format: Int(4, narrow=True)" in found
     assert "+    format: Int(3, narrow=True)" in found
-    assert policy.main(["octav-w4"]) == cli.WRONG_USAGE
-    assert "no preset 'octav-w4'" in capsys.readouterr().err
+    assert policy.main(["octav-a4"]) == cli.WRONG_USAGE
+    assert "no preset 'octav-a4'" in capsys.readouterr().err
     assert policy.main(["none.yaml"]) == cli.WRONG_USAGE
     assert "none.yaml does not exist" in capsys.readouterr().err
 
@@ -201,3 +201,10 @@ def test_a_preset_in_a_file_is_that_of_its_name(tmp_path, capsys):
     assert from_file == named
     assert policy.main(["octav-w4a4", str(path), *ends]) == 0
     assert policy.main(["octav-w4a4", str(path)]) == 1
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_bytes(b"\xff\xe9")
+    with pytest.raises(ValueError, match=r"p\.yaml is no text in UTF-8 .*: save it as one"):
+        qj.load_policy(path)

@@ -196,7 +196,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command; ends with one line, on standard error and status 1 if it failed."""
+    """Runs the command; what is wrong with it ends in one line on standard error and status 2."""
     options = _parse_arguments(arguments)
     data_dir = resolve_data_dir(options.data_dir)
     present = Cifar10Local(data_dir=data_dir)
@@ -208,7 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else prepare_cifar10_local(options.source, data_dir, show_progress=True)
         )
     except (DataError, OSError) as error:
-        sys.exit(f"cifar10_local: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     sizes = ", ".join(f"{info.num_examples} {name}" for name, info in builder.info.splits.items())
     hint = "; delete that folder to make it again" if was_prepared else ""
     done = "already prepared" if was_prepared else "prepared"

@@ -20,6 +20,7 @@ from tokenizers import BertWordPieceTokenizer
 from qat_jax.array_file import draft_of
 from qat_jax.data.prepare import DataError
 from qat_jax.data.squad import Answer, Question
+from qat_jax.text_file import read_text
 
 QUESTION_FIELDS: tuple[str, ...] = ("tokens", "token_types", "token_mask", "start", "end")
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -48,6 +49,7 @@ class WordPiece:
 
     Raises:
         DataError: there is no such file, or it lacks one of BERT's special tokens.
+        ValueError: it is no text.
     """
 
     def __init__(self, vocabulary: str | os.PathLike[str], *, lowercase: bool = True) -> None:
@@ -55,7 +57,7 @@ class WordPiece:
         if not path.is_file():
             raise DataError(f"no vocabulary at {path}: name a vocab.txt")
         # Not `splitlines`: vocabularies of many languages have tokens that it takes for line ends.
-        tokens = path.read_text("utf-8").removesuffix("\n").split("\n")
+        tokens = read_text(path).removesuffix("\n").split("\n")
         numbers = {token: number for number, token in enumerate(tokens)}
         missing = [token for token in _SPECIAL if token not in numbers]
         if missing:

@@ -25,6 +25,7 @@ from qat_jax.integer.model import Packed, PackedKernel, PackedOp, install_kernel
 from qat_jax.integer.packed import PackedTensor
 from qat_jax.nnx import (
     Carried,
+    LayerSite,
     OperandQuantizer,
     Threshold,
     layer_sites,
@@ -93,8 +94,9 @@ def load_packed(model: nnx.Module, path: str | Path) -> nnx.Module:
     """Read a packed model.
 
     Args:
-      model: the float model of the same architecture, of which only the architecture is used: one
-        made under ``nnx.eval_shape`` will do, if it has no dropout. It is left as it is.
+      model: the float model of the same architecture, of which only the architecture is used, and
+        the dtype that its layers are told to compute in: one made under ``nnx.eval_shape`` will
+        do, if it has no dropout. It is left as it is.
       path: a file that `save_packed` wrote.
 
     Returns:
@@ -102,7 +104,8 @@ def load_packed(model: nnx.Module, path: str | Path) -> nnx.Module:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is damaged, something else, of a later version, or of another model.
+      ValueError: it is damaged, something else, of a later version, or of another model; or a
+        layer computes in another dtype than when it was packed.
     """
     arrays = read_arrays(path, _WHAT)
     content = _content(path)
@@ -116,8 +119,11 @@ def load_packed(model: nnx.Module, path: str | Path) -> nnx.Module:
         described = content["kernels"].get(site.weights)
         if described is not None:
             _check_shape(path, site.weights, described["shape"], site.layer.kernel.get_value())
+            _check_dtype(path, site, np.dtype(described["dtype"]))
             packed = _packed(site.weights, described, arrays)
             install_kernel(site, PackedKernel(packed, quantizers[site.weights].quantizer))
+            # A layer that was told no dtype computes in what its kernel and its input call for.
+            site.layer.kernel = site.layer.kernel.replace(jnp.zeros((0,), packed.dtype))
     for name, quantizer in quantizers.items():
         if (threshold := arrays.pop(f"{name}.threshold", None)) is not None:
             quantizer.threshold = Threshold(jnp.asarray(threshold))
@@ -183,6 +189,15 @@ def _drop_carried(model: nnx.Module, arrays: dict[str, np.ndarray]) -> None:
     for path, node in nnx.iter_graph(model):
         if isinstance(node, OperandQuantizer):
             arrays.pop("/".join(map(str, (*path, "carried"))), None)
+
+
+def _check_dtype(path: str | Path, site: LayerSite, packed: np.dtype) -> None:
+    told = getattr(site.layer, "dtype", None)
+    if told is not None and np.dtype(told) != packed:
+        raise ValueError(
+            f"{path} was packed where {site.path} computes in {packed}, here it does in "
+            f"{np.dtype(told)}: make the model with dtype=jnp.{packed}"
+        )
 
 
 def _check_shape(path: str | Path, name: str, shape: Sequence[int], value: jax.Array) -> None:

@@ -128,7 +128,10 @@ class Design:
           ValueError: the rule leaves an operand in floating point, or see `Operand.of`.
         """
         if rule.weights is None or rule.activations is None:
-            raise ValueError(f"rule {rule.pattern!r} must quantise weights and activations")
+            raise ValueError(
+                f"rule {rule.pattern!r} must quantise weights and activations: the datapath "
+                "multiplies codes by codes, no floats"
+            )
         return cls(Operand.of(rule.weights), Operand.of(rule.activations), product_bits)
 
     @classmethod

@@ -240,7 +240,7 @@ def install_kernel(site: LayerSite, kernel: PackedKernel) -> None:
         raise ValueError(
             f"{type(site.layer).__name__} {site.path} has no packed form: {_leave_alone(site)}"
         )
-    if len(kernel.packed.shape) > _kernel_rank(site.layer):
+    if len(kernel.packed.shape) > site.kernel_rank:
         raise ValueError(
             f"{site.path} is a stack of layers, as nnx.scan takes it, and has no packed form: "
             f"{_leave_alone(site)}, or make them one by one in an nnx.List"
@@ -255,17 +255,6 @@ def install_kernel(site: LayerSite, kernel: PackedKernel) -> None:
 
 def _leave_alone(site: LayerSite) -> str:
     return f"quantise nothing of it, with Rule({site.path!r}) in front"
-
-
-def _kernel_rank(layer: Any) -> int:
-    """The axes of a layer's kernel, those of a stack of layers left out."""
-    match layer:
-        case nnx.Linear():
-            return 2
-        case nnx.LinearGeneral():
-            return len(layer.batch_axis) + len(layer.in_features) + len(layer.out_features)
-        case _:
-            return len(layer.kernel_shape)
 
 
 def integer_model(model: nnx.Module, datapath: Datapath = Datapath()) -> nnx.Module:

@@ -1,12 +1,19 @@
-"""One process at a time in a folder: a file that the kernel unlocks when its holder dies."""
+"""One process at a time in a folder: a file that the kernel unlocks when its holder dies.
+
+Windows has no such locks: nothing is held there, and two runs in one folder spoil each other.
+"""
 
 import contextlib
-import fcntl
 import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 class HeldError(Exception):
@@ -23,7 +30,7 @@ class HeldError(Exception):
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Holds the lock that a file is; where the file system has no locks, holds nothing.
+    """Holds the lock that a file is; where system or file system have no locks, holds nothing.
 
     Args:
         path: the file, removed at the end. One that a killed process left is taken over.
@@ -31,6 +38,9 @@ def held(path: Path) -> Iterator[None]:
     Raises:
         HeldError: by another process, or by this one already.
     """
+    if fcntl is None:
+        yield
+        return
     file = _take(path)
     try:
         yield

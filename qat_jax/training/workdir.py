@@ -39,6 +39,8 @@ MAY_CHANGE = frozenset(
     }
 )
 
+# What every result.json has, beside what the run ran on.
+_OF_A_RESULT = ("experiment", "config", "command", "seed", "wall_seconds", "metrics")
 _NON_FINITE = ("nan", "inf", "-inf")  # as text in files: JSON has no such numbers
 
 
@@ -112,13 +114,13 @@ class Workdir:
         It goes again if nothing was written. Only the process that writes locks.
 
         Raises:
-            WorkdirError: another process has locked it.
+            WorkdirError: another process has locked it, or it cannot be made or written to.
         """
         if not self.writes:
             yield
             return
         existed = self.path.exists()
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._make()
         try:
             with folder_lock.held(self.lock_path):
                 yield
@@ -132,12 +134,26 @@ class Workdir:
                 with contextlib.suppress(OSError):  # It is not empty.
                     self.path.rmdir()
 
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WorkdirError(
+                f"{self.path} cannot be made ({error.strerror}): choose another --workdir"
+            ) from error
+        if not os.access(self.path, os.W_OK):
+            raise WorkdirError(f"{self.path} may not be written to: choose another --workdir")
+
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Makes the folder and writes config.json."""
+        """Makes the folder and writes config.json.
+
+        Raises:
+            WorkdirError: it cannot be made or written to.
+        """
         self._software = software()
         if not self.writes:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._make()
         _write_json(self.config_path, _as_json(config))
 
     def finish(
@@ -170,15 +186,25 @@ class Workdir:
         """The settings that the folder's run began with.
 
         Raises:
-            WorkdirError: the folder holds no run.
+            WorkdirError: the folder holds no run, or a damaged one.
         """
         if not self.config_path.is_file():
             raise WorkdirError(f"{self.path} holds no run: name a folder with a config.json")
         return _read_json(self.config_path)
 
     def result(self) -> dict[str, Any]:
-        """The content of result.json."""
-        return _read_json(self.result_path)
+        """The content of result.json.
+
+        Raises:
+            WorkdirError: it is not what a run leaves.
+        """
+        result = _read_json(self.result_path)
+        if missing := [key for key in _OF_A_RESULT if key not in result]:
+            raise WorkdirError(
+                f"{self.result_path} is of no run of this project, it has no {missing[0]}: remove "
+                "it, or name another folder"
+            )
+        return result
 
 
 class MetricWriter:
@@ -343,7 +369,15 @@ def with_floats(value: Any) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # of bytes that are no text, or text that is no JSON
+        reason = error
+    else:
+        if isinstance(content, dict):
+            return content
+        reason = ValueError("no object")
+    raise WorkdirError(f"{path} cannot be read ({reason}): remove its folder and run again")
 
 
 def _write_json(path: Path, content: Any) -> None:

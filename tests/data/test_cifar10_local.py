@@ -1,4 +1,5 @@
 import io
+import re
 import subprocess
 import sys
 
@@ -85,9 +86,10 @@ def test_the_one_command(npz_folder, tmp_path):
     assert "already prepared" in again.stdout
 
 
-def test_a_missing_folder_is_named_and_nothing_written(tmp_path):
-    with pytest.raises(SystemExit, match="/nowhere does not exist: pass --source"):
+def test_a_missing_folder_is_named_and_nothing_written(tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main(["--source=/nowhere", f"--data_dir={tmp_path / 'data'}"])
+    assert "/nowhere does not exist: pass --source" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -117,10 +119,13 @@ def hide_a_pickle(folder):
 
 
 @pytest.mark.parametrize("damage", [cut_short, forget_a_label, hide_a_pickle])
-def test_a_damaged_file_is_named_and_nothing_written(npz_folder, tmp_path, damage):
+def test_a_damaged_file_is_named_and_nothing_written(npz_folder, tmp_path, capsys, damage):
     damage(npz_folder)
-    with pytest.raises(SystemExit, match=r"cannot read .*cifar10_train_00\.npz"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main([f"--source={npz_folder}", f"--data_dir={tmp_path / 'data'}"])
+    said = capsys.readouterr().err
+    assert re.search(r"^error: cannot read .*cifar10_train_00\.npz", said)
+    assert said.count("\n") == 1
     assert list((tmp_path / "data").iterdir()) == []
 
 

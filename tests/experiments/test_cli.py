@@ -1,6 +1,9 @@
+import re
+import sys
+
 import pytest
 
-from experiments import cli
+from experiments import answer, cli, collect, export, hardware_results, ptq_figures, report
 from qat_jax.data import DataError
 from qat_jax.training.checkpoint import CheckpointError
 from qat_jax.training.loop import Interrupted, NonFiniteLossError
@@ -125,3 +128,55 @@ def test_a_file_that_cannot_be_read_is_wrong_usage(tmp_path):
 def test_help_teaches_and_does_nothing(capsys):
     assert cli.main(lambda config, workdir: 1 / 0, "\nhow to use it\n", argv("--help")) == 0
     assert capsys.readouterr().out == "how to use it\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def (", "is no Python: invalid syntax"),
+        ("x = 1", "is no config: it has no function get_config"),
+    ],
+)
+def test_a_config_file_that_is_none_is_wrong_usage(tmp_path, monkeypatch, text, message):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # what was read before
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(cli.UsageError, match=message):
+        cli.parse(argv(f"--config={path}", "--workdir=x"))
+
+
+@pytest.mark.parametrize("main", [collect, hardware_results, ptq_figures, report])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "0 finished runs|no finished run"),
+        ("{}", "result.json is of no run of this project, it has no experiment"),
+        ("[1]", r"\.json cannot be read \(no object\)"),
+        ("", r"\.json cannot be read \(Expecting value"),
+    ],
+)
+def test_files_of_no_run_are_wrong_usage(tmp_path, monkeypatch, capsys, main, content, message):
+    run = tmp_path / "runs" / "a"
+    run.mkdir(parents=True)
+    if content is not None:
+        (run / "result.json").write_text(content)
+        (run / "config.json").write_text(content)
+        (run / "designs.csv").touch()
+    monkeypatch.setattr("sys.argv", ["main", f"--runs={run.parent}", f"--out={tmp_path / 'out'}"])
+    assert cli.gathering_main("", lambda *given: str(main.write(*given))) == cli.WRONG_USAGE
+    said = capsys.readouterr().err
+    assert re.search(message, said)
+    assert said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize("main", [answer, export])
+def test_a_run_of_another_main_is_wrong_usage(tmp_path, capsys, main):
+    (tmp_path / "config.json").write_text('{"experiment": "sweep"}')
+    (tmp_path / "result.json").write_text("{}")
+    rest = {
+        answer: ["--context=It is blue.", "What?"],
+        export: ["--format=safetensors", f"--out={tmp_path / 'out'}"],
+    }
+    assert main.main([f"--checkpoint={tmp_path}", *rest[main]]) == cli.WRONG_USAGE
+    assert "is no run of experiments.train or experiments.ptq" in capsys.readouterr().err

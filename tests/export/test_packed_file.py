@@ -270,3 +270,34 @@ def test_the_reader_knows_bfloat16_and_every_name(tmp_path):
     assert set(found) == {"attention_weights/kernel", "attention_weights/bias"}
     expected = jax.tree.map(np.float32, model.attention_weights.bias[...])
     np.testing.assert_array_equal(found["attention_weights/bias"], expected)
+
+
+def layers(dtype, param_dtype=jnp.float32, **options):
+    options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": nnx.Rngs(0)} | options
+    model = nnx.Sequential(nnx.Linear(8, 8, **options), nnx.relu, nnx.Linear(8, 4, **options))
+    model.eval()
+    return model
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, None])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_file_is_for_models_that_compute_in_its_dtype(tmp_path, dtype, use_bias):
+    made_with, other = jnp.float32, jnp.bfloat16
+    if dtype == jnp.bfloat16:
+        made_with, other = other, made_with
+    x = jax.random.normal(jax.random.key(0), (2, 8)).astype(made_with)
+    model = qj.quantize_model(layers(dtype, made_with, use_bias=use_bias), "octav-w4a4")
+    model = pack_model(model, x)
+    save_packed(model, path := tmp_path / "m.safetensors")
+    expected = run(model, x)
+    # The dtype of parameters is that of the file.
+    for param_dtype in (made_with, other):
+        found = run(load_packed(layers(dtype, param_dtype, use_bias=use_bias), path), x)
+        assert found.dtype == expected.dtype == made_with
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(
+        ValueError,
+        match=rf"layers/0 computes in {np.dtype(made_with)}, here it does in {np.dtype(other)}: "
+        rf"make the model with dtype=jnp\.{np.dtype(made_with)}",
+    ):
+        load_packed(layers(other), path)

@@ -200,3 +200,34 @@ def test_a_writer_knows_the_lines_there_are(tmp_path):
         assert writer.has(3, "test")
     with MetricWriter(Workdir(tmp_path, writes=False), None) as reader:
         assert not reader.has(3, "test")
+
+
+def test_without_locks_of_the_system_nothing_is_held(tmp_path):
+    """As on Windows, where there is no module fcntl."""
+    program = (
+        "import sys; sys.modules['fcntl'] = None\n"
+        "from pathlib import Path\n"
+        "from qat_jax.training.workdir import Workdir\n"
+        "with Workdir(Path(sys.argv[1])).locked(), Workdir(Path(sys.argv[1])).locked(): pass\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_or_written_to_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    below = Workdir(tmp_path / "file" / "run")
+    for attempt in (below.locked().__enter__, lambda: below.begin({})):
+        with pytest.raises(WorkdirError, match=r"run cannot be made .*: choose another --workdir"):
+            attempt()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(WorkdirError, match="may not be written to"), Workdir(tmp_path).locked():
+        pass
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff"])
+def test_files_that_are_damaged_are_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    for look in (Workdir(tmp_path).settings, lambda: Workdir(tmp_path).status({})):
+        with pytest.raises(WorkdirError, match=r"config\.json cannot be read \(.*\): remove"):
+            look()

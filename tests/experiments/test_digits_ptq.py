@@ -1,0 +1,41 @@
+"""The config that quantises the network of the quickstart after training."""
+
+import json
+
+from flax import nnx
+
+from configs import digits_ptq, quickstart
+from experiments import cli, ptq
+from experiments.quickstart import run_name
+from experiments.train import WEIGHTS
+from qat_jax.models import CifarResNet, save_weights
+
+
+def main(workdir, *changes):
+    arguments = ["ptq", "--config=configs/digits_ptq.py", f"--workdir={workdir}", *changes]
+    return cli.main(ptq.run, ptq.__doc__, arguments)
+
+
+def test_its_weights_are_those_that_the_quickstart_leaves():
+    config, first = digits_ptq.get_config(), quickstart.get_config()
+    assert "float32" in first.cells
+    run = run_name("float32", first.seed)
+    assert config.model.pretrained == f"runs/quickstart/{run}/{WEIGHTS}"
+    trained, own = first.recipe.model.to_dict(), config.model.to_dict()
+    assert {**trained, "pretrained": None} == {**own, "pretrained": None}
+
+
+def test_it_runs_from_a_file_of_weights(tmp_path):
+    weights = tmp_path / "resnet8.safetensors"
+    save_weights(CifarResNet(8, in_channels=1, width=8, rngs=nnx.Rngs(0)), weights)
+    assert main(tmp_path / "run", f"--config.model.pretrained={weights}") == 0
+    metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    assert metrics["test_count"] == metrics["float_count"] == 360
+    assert (tmp_path / "run" / "packed.safetensors").is_file()
+
+
+def test_without_weights_it_says_so(tmp_path, capsys):
+    absent = tmp_path / "absent.safetensors"
+    assert main(tmp_path / "run", f"--config.model.pretrained={absent}") == cli.WRONG_USAGE
+    assert f"no pretrained weights at {absent}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
