@@ -239,3 +239,11 @@ def test_an_unknown_table_is_refused(tmp_path, weights, capsys):
     arguments = command(tmp_path / "x", weights, "--config.tables=('sizez',)")
     assert cli.main(ptq_tables.run, ptq_tables.__doc__, arguments) == cli.WRONG_USAGE
     assert "give some of calibrators" in capsys.readouterr().err
+
+
+def test_kernels_are_rounded_by_training_examples(tmp_path, weights):
+    changes = ["--config.calibration.gptq_batches=2", "--config.quant.notation=3/8U"]
+    assert cli.main(ptq.run, ptq.__doc__, command(tmp_path / "x", weights, *changes)) == 0
+    metrics = json.loads((tmp_path / "x" / "result.json").read_text())["metrics"]
+    # The kernel has only numbers of its grid by then, so that quantising it again costs nothing.
+    assert float(metrics["diagnostics"]["layer1/0/conv1/weights"]["sqnr_db"]) > 90
