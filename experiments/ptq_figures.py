@@ -30,6 +30,7 @@ TITLES = {
     "clipping": "how each vector of the weights is clipped, floating-point scales",
     "order": "which scale is found first, and what codes come from",
     "batch_norm": "clipping of the weights, batch norms as they were or re-estimated",
+    "rounding": "kernels rounded to the nearest or by GPTQ",
     "depthwise": "what depthwise layers need",
     "bert_calibrators": "static thresholds by calibrator, one scale an output feature or layer",
     "bert_weight_calibrators": "static thresholds by calibrator, activations at 8 bits",
@@ -37,6 +38,7 @@ TITLES = {
     "bert_vectors": "vectors of 16 with floating-point scales against the best calibrator",
     "bert_scales": "bits of the scales of weights / activations, vectors of 16",
 }
+_FEW_COLUMNS = ("vectors", "bert_vectors", "rounding")  # their rows are what lines go over
 _TICKS = (-2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 80)
 
 
@@ -137,7 +139,7 @@ def _draw(
     found: dict[str, dict[str, float]] = {}
     for cell in cells:
         found.setdefault(cell["row"], {})[cell["column"]] = 100 * cell["accuracy"]
-    if table.endswith("vectors"):  # there the rows are what is compared
+    if table in _FEW_COLUMNS:
         found, theirs = _transposed(found), _transposed(theirs)
     figure = Figure(figsize=(13 if published else 9, 4.8), layout="constrained")
     axes = figure.subplots(1, 2 if published else 1, sharey=True, squeeze=False)

@@ -61,8 +61,8 @@ def gptq(
 
     Raises:
       ValueError: there is no batch, or no such kernel; or a layer is reached under a transformation
-        such as ``nnx.scan`` or ``nnx.remat``, or something there is not finite. The model is then
-        unchanged.
+        such as ``nnx.scan`` or ``nnx.remat``, something there is not finite, or there is too little
+        damping for so few examples. The model is then unchanged.
 
     Example:
       >>> from qat_jax import quantize_model
@@ -163,7 +163,13 @@ class _RoundingOp(nnx.Module):
                 f"{self._path or 'the layer'} sees something that is not finite: look for NaN or "
                 "infinity in the batches, the kernel, or in what the model makes of them"
             )
-        order, factor = _factors(energy, self._damping)
+        try:
+            order, factor = _factors(energy, self._damping)
+        except np.linalg.LinAlgError as error:
+            raise ValueError(
+                f"the inputs of {self._path or 'the layer'} do not determine its kernel ({error}): "
+                f"give more examples, or more damping than {self._damping}"
+            ) from error
         in_order = order[:, :, None]
         rows, steps = (
             jnp.take_along_axis(unfolding.to_rows(a.astype(dtype)), in_order, 1) for a in (w, step)

@@ -239,6 +239,13 @@ def test_what_cannot_be_is_refused_and_changes_nothing(model, policy, batches, w
         assert old is new
 
 
+@pytest.mark.parametrize("damping", [0, -1])
+def test_too_little_damping_is_named(damping):
+    model = qj.quantize_model(linear(8, 4), WEIGHTS_ALONE)
+    with pytest.raises(ValueError, match=f"more damping than {damping}"):
+        qj.gptq(model, [jnp.ones((2, 8))], damping=damping)
+
+
 def test_kernels_there_are_named():
     model = qj.quantize_model(Network(), "max-w4a8")
     with pytest.raises(ValueError, match=r"no kernel to round matches 'steam': there are stem/wei"):

@@ -247,3 +247,7 @@ def test_kernels_are_rounded_by_training_examples(tmp_path, weights):
     metrics = json.loads((tmp_path / "x" / "result.json").read_text())["metrics"]
     # The kernel has only numbers of its grid by then, so that quantising it again costs nothing.
     assert float(metrics["diagnostics"]["layer1/0/conv1/weights"]["sqnr_db"]) > 90
+
+
+def test_every_table_has_a_figure():
+    assert ptq_figures.TITLES.keys() == ptq_tables.TABLES.keys()
