@@ -36,9 +36,10 @@ TITLES = {
     "bert_weight_calibrators": "static thresholds by calibrator, activations at 8 bits",
     "bert_dynamic": "thresholds found in every batch, one scale an output feature or layer",
     "bert_vectors": "vectors of 16 with floating-point scales against the best calibrator",
+    "bert_rounding": "kernels rounded to the nearest or by GPTQ",
     "bert_scales": "bits of the scales of weights / activations, vectors of 16",
 }
-_FEW_COLUMNS = ("vectors", "bert_vectors", "rounding")  # their rows are what lines go over
+_FEW_COLUMNS = ("vectors", "bert_vectors", "rounding", "bert_rounding")  # lines go over their rows
 _TICKS = (-2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 80)
 
 

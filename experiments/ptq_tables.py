@@ -20,6 +20,8 @@ the end DIR gets result.json.
                  --config.fold_batch_norm=False, since batch norms are re-estimated
     bert_calibrators, bert_vectors, bert_scales
                  the same for BERT: other bits, signed activations          (tables 2, 3, 6)
+    bert_rounding
+                 and of rounding
     bert_weight_calibrators
                  what vectors of BERT's weights are compared with
     bert_dynamic thresholds found in every batch   (OCTAV, arXiv:2206.06501, table 5)
@@ -153,10 +155,20 @@ def _rounding() -> Iterator[tuple[str, str, dict[str, Any]]]:
     # Vectors have their activations clipped at the maximum, as in the paper, layers by OCTAV.
     vectors = {f"{bits}/4/6": "max" for bits in ("2/8U", "3/3U", "3/8U", "4/4U")}
     layers = dict.fromkeys(("3/8U", "4/4U", "4/8U"), "octav")
-    for notation, activations in (vectors | layers).items():
+    return _rounded(vectors | layers)
+
+
+def _bert_rounding() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    vectors = dict.fromkeys(("3/8/6/10", "4/8/6/10"), "max")
+    return _rounded(vectors | dict.fromkeys(("3/8", "4/8"), "octav"))
+
+
+def _rounded(activations: dict[str, str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Either way, by notation and how activations are clipped there."""
+    for notation, clipping in activations.items():
         for name, batches in {"nearest": 0, "GPTQ": GPTQ_BATCHES}.items():
             changes = {"quant.notation": notation, "calibration.gptq_batches": batches}
-            yield notation, name, changes | _clipping("exact", activations)
+            yield notation, name, changes | _clipping("exact", clipping)
 
 
 def _bert_calibrators() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -223,6 +235,7 @@ TABLES = {
     "bert_dynamic": _bert_dynamic,
     "bert_vectors": _bert_vectors,
     "bert_scales": _bert_scales,
+    "bert_rounding": _bert_rounding,
 }
 
 
