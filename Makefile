@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 quickstart: $(STAMP)  ## train a small ResNet on digits: float32, max and OCTAV at 4 and 2 bits
 	$(BIN)/python -m experiments.quickstart --workdir=runs/quickstart
 
-test: $(STAMP)  ## run the test suite (twenty to thirty minutes on 2 cores)
+test: $(STAMP)  ## run the test suite (a quarter of an hour on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP)  ## check style and types
