@@ -156,13 +156,7 @@ class ImageClassification:
                 channels=model.in_channels,
                 num_classes=model.num_classes,
             )
-        folder = dataset.data_dir
-        if dataset.name == "digits" and folder and not Path(folder).expanduser().is_dir():
-            raise ValueError(  # misspelt, it would be made
-                f"data folder {folder} does not exist: make it, or leave "
-                "--config.dataset.data_dir out, the digits are embedded"
-            )
-        return data.load_source(dataset.name, split, folder)
+        return data.load_source(dataset.name, split, dataset.data_dir)
 
     def _folder(self, split: str) -> data.ImageFolder:
         """A folder's images, whose classes are those of the training images."""
