@@ -1,4 +1,7 @@
-"""Real data that several rooms test on. The suite passes without it: these tests are skipped."""
+"""How tests compile and draw examples, and real data that several rooms test on.
+
+The suite passes without the data: these tests are skipped.
+"""
 
 import gc
 import io
@@ -9,6 +12,7 @@ from collections.abc import Generator
 from importlib import metadata
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,6 +25,12 @@ _FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_co
 if metadata.version("jaxlib").startswith("0.10."):
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
+
+# How long an example takes says how busy the machine is, and what had to be compiled.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 # What one worker, or a main that a test starts, has compiled, the others need not: the variables
 # are inherited. An entry is as quick to read as it is small, so every one is kept.

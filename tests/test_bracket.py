@@ -81,7 +81,7 @@ def test_zeros():
     np.testing.assert_allclose(bracketed(x, (0,), jnp.float32(CONSTANTS[4])), [[0, 2]], rtol=1e-6)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     length=st.integers(1, 300),
     exponent=st.integers(-30, 30),
@@ -97,7 +97,7 @@ def test_any_length_and_size(length, exponent, bits, seed):
     np.testing.assert_allclose(bracketed(x * 2.0**exponent, (0,), c), s * 2.0**exponent, 1e-6)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=0, max_size=2),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),

@@ -55,7 +55,7 @@ def threshold(rule, format, x, axes):
     return rule.threshold(x, format, axes)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     format=st.sampled_from(FORMATS),
     size=st.sampled_from([1, 2, 5, 16]),

@@ -203,7 +203,7 @@ def test_unsigned_formats_look_at_positive_numbers_only(rule):
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     data=st.data(),
     shape=st.sampled_from([(5,), (3, 4), (2, 3, 5), (1, 1)]),

@@ -16,7 +16,7 @@ def largest(x, axes):
     return jnp.max(jnp.abs(x), axis=axes, keepdims=True)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shape=st.lists(st.integers(1, 7), min_size=1, max_size=4),
     size=st.sampled_from([1, 2, 3, 5, 256]),

@@ -75,7 +75,7 @@ numbers = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     data=st.data(),
     shape=st.sampled_from([(), (1,), (7,), (3, 5), (2, 3, 3)]),

@@ -113,7 +113,7 @@ def test_zeros():
     np.testing.assert_allclose(qj.octav(one, qj.Int(4)), [3], rtol=1e-6)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=0, max_size=2),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),

@@ -15,7 +15,7 @@ def vector_quantizer(scale, *, bits=4, size=4, signed=True, format=None, **optio
     return qj.Quantizer(format, qj.PerVector(size), qj.AbsMax(), scale=scale, **options)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 5),
     columns=st.integers(1, 40),

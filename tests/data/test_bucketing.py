@@ -107,7 +107,7 @@ def test_shards_are_parts_of_one_batch_and_equally_long(numbers):
             np.testing.assert_array_equal(np.concatenate([s[name] for s in shards]), batch[name])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=30),
     batch_size=st.sampled_from([2, 4, 6]),

@@ -204,7 +204,7 @@ def test_windows_need_room_for_a_context(wordpiece):
         make_features([asked("a", "a")], wordpiece, length=7, stride=3, max_question_length=2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.sampled_from([*"abc1", "ab", "a12", "éB", ".", "ü"]), min_size=0, max_size=30),
     st.lists(st.sampled_from("abc"), min_size=1, max_size=9),

@@ -22,7 +22,7 @@ def test_every_short_sequence_comes_back_from_the_bytes_it_takes(bits):
         np.testing.assert_array_equal(back, every)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 16), st.integers(0, 40), st.integers(0, 2**32 - 1))
 def test_the_stream_is_that_of_python_integers(bits, size, seed):
     numbers = np.random.default_rng(seed).integers(0, 2**bits, size)

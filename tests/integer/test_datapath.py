@@ -40,7 +40,7 @@ def exact(accumulator):
     return high if low is None else high * 2**20 + low
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     bits=st.tuples(st.integers(2, 8), st.integers(2, 8)),
     unsigned=st.tuples(st.booleans(), st.booleans()),
