@@ -81,11 +81,9 @@ def calibrate(
             f"{', '.join(operand_quantizers(model)) or 'none, quantise the model first'}; "
             "activations need granularity PerTensor()"
         )
-    refuse_one_array(batches)
-    batches = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
+    batches = positional(batches)
     if pool:
-        joined = tuple(jnp.concatenate(parts) for parts in zip(*batches, strict=True))
-        batches = [joined] if joined else []
+        batches = joined(batches)
     observe = _observer(model)
     total: dict[str, jax.Array] = {}
     count = 0
@@ -107,6 +105,18 @@ def refuse_one_array(batches: Any) -> None:
     """Raises ValueError if batches are one array, whose rows would be taken for batches."""
     if isinstance(batches, jax.Array | np.ndarray):
         raise ValueError("batches is one array: give a list of batches, [x] for one")
+
+
+def positional(batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    """Each batch as positional arguments. Raises ValueError as `refuse_one_array` does."""
+    refuse_one_array(batches)
+    return (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
+
+
+def joined(batches: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """All batches as one, along their first axes; none of none."""
+    parts = list(batches)
+    return [jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)] if parts else []
 
 
 def carry_thresholds(model: nnx.Module, *inputs: Any) -> tuple[str, ...]:

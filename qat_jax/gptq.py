@@ -22,11 +22,11 @@ from flax import nnx
 from jax import lax
 
 from qat_jax import ops
-from qat_jax.calibration import refuse_one_array
+from qat_jax.calibration import joined, positional
 from qat_jax.formats import Format
 from qat_jax.nnx import LayerSite, QuantizedOp, Threshold, copy_model, layer_sites
 from qat_jax.quantizer import quantize
-from qat_jax.scales import StoredScale, reciprocal
+from qat_jax.scales import reciprocal
 
 _UNFOLDED_AT_ONCE = 1 << 26  # elements of a convolution's input, each once for each window
 
@@ -71,13 +71,12 @@ def gptq(
       >>> gptq(model, [jax.random.normal(jax.random.key(0), (32, 4))])
       ('layers/0/weights',)
     """
-    refuse_one_array(batches)
-    inputs = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    inputs = joined(positional(batches))
     if not inputs:
         raise ValueError("no batch to round kernels by: give at least one")
     rounding = copy_model(model)
     rounding.eval()
-    sites = [site for site in layer_sites(rounding) if _can_be_rounded(site, operands)]
+    sites = {site.path: site for site in layer_sites(rounding) if _can_be_rounded(site, operands)}
     if not sites:
         kernels = [site.weights for site in layer_sites(model) if _can_be_rounded(site)]
         raise ValueError(
@@ -85,16 +84,16 @@ def gptq(
             f"{', '.join(kernels) or 'none, quantise weights of dense or convolutional layers'}"
         )
     done: dict[str, _RoundingOp] = {}
-    for site in sites:
-        site.install(_RoundingOp(site.installed, site.path, damping, done))
-    rounding(*jax.tree.map(lambda *parts: jnp.concatenate(parts), *inputs))
+    for path, site in sites.items():
+        site.install(_RoundingOp(site.installed, path, damping, done))
+    rounding(*inputs[0])
     for site in layer_sites(model):
         if (found := done.get(site.path)) is not None:
             kernel = site.layer.kernel
             old = kernel.get_value()
             kernel.set_value(found.kernel.reshape(old.shape).astype(old.dtype))
             site.installed.weights.threshold = found.weights.threshold
-    return tuple(f"{path}/weights" if path else "weights" for path in done)
+    return tuple(sites[path].weights for path in done)
 
 
 def _can_be_rounded(site: LayerSite, operands: str = ".*") -> bool:
@@ -153,10 +152,8 @@ class _RoundingOp(nnx.Module):
         if self.weights.threshold is None:
             self.weights.threshold = Threshold(quantizer.threshold(w, **axes))
         q = quantize(w, quantizer, threshold=self.weights.threshold.get_value(), **axes)
-        dtype = jnp.promote_types(w.dtype, jnp.float32)
-        step = jnp.broadcast_to(
-            q.groups.expand(StoredScale(q.scale, q.coarse).step(dtype), w.shape), w.shape
-        )
+        step = jnp.broadcast_to(q.step, w.shape)
+        dtype = step.dtype
         energy = _energy(unfolding.parts)
         if not (np.isfinite(energy).all() and jnp.isfinite(step).all()):
             raise ValueError(
@@ -204,8 +201,9 @@ def _unfolded_dot_general(
 ) -> _Unfolding:
     x, _w = ops.dot_general_operands(x, w, dimension_numbers, lhs, rhs)
     (x_contracted, w_contracted), (x_batch, w_batch) = dimension_numbers
-    samples = _matrices(x, x_batch, _rest(x.ndim, x_batch, x_contracted), x_contracted)
-    w_free = _rest(w.ndim, w_batch, w_contracted)
+    x_free = ops.other_axes((*x_batch, *x_contracted), x.ndim)
+    w_free = ops.other_axes((*w_batch, *w_contracted), w.ndim)
+    samples = _matrices(x, x_batch, x_free, x_contracted)
     return _Unfolding(x, iter([samples]), lambda w: _matrices(w, w_batch, w_contracted, w_free))
 
 
@@ -258,18 +256,16 @@ def _matrices(x: jax.Array, *axes: Sequence[int]) -> jax.Array:
     return x.transpose(*itertools.chain(*axes)).reshape(shape)
 
 
-def _rest(ndim: int, *axes: Sequence[int]) -> tuple[int, ...]:
-    return tuple(axis for axis in range(ndim) if not any(axis in part for part in axes))
-
-
 def _energy(parts: Iterable[jax.Array]) -> np.ndarray:
     """Sums over samples of the products of each two inputs: float64 [group, input, input]."""
 
-    def products(part: jax.Array) -> jax.Array:
+    def products(part: jax.Array) -> np.ndarray:
         part = part.astype(jnp.promote_types(part.dtype, jnp.float32))
-        return jnp.einsum("gsk,gsl->gkl", part, part, precision=lax.Precision.HIGHEST)
+        found = jnp.einsum("gsk,gsl->gkl", part, part, precision=lax.Precision.HIGHEST)
+        return np.asarray(found, np.float64)
 
-    return np.sum([np.asarray(products(part), np.float64) for part in parts], axis=0)
+    # One at a time: of a wide layer each is hundreds of megabytes.
+    return functools.reduce(np.add, map(products, parts))
 
 
 def _factors(energy: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarray]:

@@ -169,8 +169,8 @@ def dot_general_operands(
 ) -> tuple[Any, Any]:
     """What `dot_general` multiplies: whatever ``lhs`` and ``rhs`` make of x and w."""
     (x_contracted, w_contracted), _ = dimension_numbers
-    x = _quantized(x, lhs, _others(x_contracted, jnp.ndim(x)), x_contracted[-1:])
-    w = _quantized(w, rhs, _others(w_contracted, jnp.ndim(w)), w_contracted[-1:])
+    x = _quantized(x, lhs, other_axes(x_contracted, jnp.ndim(x)), x_contracted[-1:])
+    w = _quantized(w, rhs, other_axes(w_contracted, jnp.ndim(w)), w_contracted[-1:])
     return x, w
 
 
@@ -233,7 +233,8 @@ def _in_feature_groups(
     return _quantized(grouped, quantizer, (batch,), (feature + 1,)).reshape(x.shape)
 
 
-def _others(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
+def other_axes(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
+    """The axes of an array that are none of these, ascending."""
     return tuple(axis for axis in range(ndim) if axis not in axes)
 
 

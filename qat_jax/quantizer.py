@@ -137,6 +137,13 @@ class QTensor:
         """The shape of the original array."""
         return self.codes.shape
 
+    @property
+    def step(self) -> jax.Array:
+        """What each code is a multiple of, in float32 or more; broadcasts to the codes."""
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        step = StoredScale(self.scale, self.coarse).step(dtype)
+        return self.groups.expand(step, self.shape)
+
 
 def fake_quant(
     x: jax.Array,
@@ -227,9 +234,8 @@ def dequantize(q: QTensor) -> jax.Array:
             f"codes of shape {q.shape} have scales of shape {q.scale.shape}, not {compact}: of "
             "arrays that jax.vmap or jax.lax.scan stacked, use jax.vmap(dequantize)"
         )
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    step = q.groups.expand(StoredScale(q.scale, q.coarse).step(dtype), q.shape)
-    return (q.codes.astype(dtype) * step).astype(q.dtype)
+    step = q.step
+    return (q.codes.astype(step.dtype) * step).astype(q.dtype)
 
 
 # What follows is compiled as one where nothing else is being compiled, and once for a shape; inside
