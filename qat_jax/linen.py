@@ -293,11 +293,8 @@ def _rest(variables: Mapping[str, Any], sites: Mapping[str, _Site]) -> Rest:
     parameters = traverse_util.flatten_dict(nn.meta.unbox(variables.get("params", {})), sep="/")
     kernels = {f"{path}/kernel" if path else "kernel" for path in sites}
     others = [x for name, x in parameters.items() if name not in kernels]
-    return Rest(
-        parameters=sum(x.size for x in others),
-        bytes=sum(x.size * x.dtype.itemsize for x in others),
-        of=sum(x.size for x in parameters.values()),
-    )
+    inside = sum(x.size for name, x in parameters.items() if name in kernels)
+    return Rest.of_arrays(others, in_kernels=inside)
 
 
 def _sites(

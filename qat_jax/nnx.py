@@ -260,8 +260,12 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
     convolutions = [s.path for s in sites if isinstance(s.layer, nnx.Conv)]
     linears = [s.path for s in sites if isinstance(s.layer, nnx.Linear | nnx.LinearGeneral)]
     policy = preset_for_layers(policy, convolutions, linears)
-    placed = policy.place([site.path for site in sites])
-    _refuse_quantised([site for site in sites if _gets_something(placed.get(site.path))])
+    placed = {
+        path: rule
+        for path, rule in policy.place([site.path for site in sites]).items()
+        if rule.weights is not None or rule.activations is not None
+    }
+    _refuse_quantised([site for site in sites if site.path in placed])
     replacements = {
         site.path: _replacement(site, placed[site.path]) for site in sites if site.path in placed
     }
@@ -547,10 +551,6 @@ def copy_model(model: nnx.Module) -> nnx.Module:
     return nnx.merge(*nnx.split(model), copy=True)
 
 
-def _gets_something(rule: Rule | None) -> bool:
-    return rule is not None and (rule.weights is not None or rule.activations is not None)
-
-
 def _refuse_quantised(sites: Iterable[LayerSite]) -> None:
     """Raises ValueError if layers that are to be quantised are so already, packed or not."""
     found = [
@@ -570,8 +570,6 @@ def _refuse_quantised(sites: Iterable[LayerSite]) -> None:
 
 def _replacement(site: LayerSite, rule: Rule) -> nnx.Module | None:
     """The quantised operation for a layer, or None where the rule quantises nothing of it."""
-    if not _gets_something(rule):
-        return None
     replacement = site.hook.replacement(site.layer, rule)
     if replacement is not None and (
         site.installed not in site.hook.plain
@@ -603,12 +601,7 @@ def _rest(model: nnx.Module, sites: Iterable[LayerSite]) -> Rest:
             kernels[id(kernel)] = math.prod((kernel if stored is None else stored).shape)
     parameters = [x for _, x in nnx.iter_graph(model) if isinstance(x, nnx.Param)]
     others = jax.tree.leaves([x.get_value() for x in parameters if id(x) not in kernels])
-    count = sum(x.size for x in others)
-    return Rest(
-        parameters=count,
-        bytes=sum(x.size * x.dtype.itemsize for x in others),
-        of=count + sum(kernels.values()),
-    )
+    return Rest.of_arrays(others, in_kernels=sum(kernels.values()))
 
 
 def _operand(

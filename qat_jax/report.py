@@ -3,6 +3,7 @@
 import dataclasses
 import html
 from collections.abc import Sequence
+from typing import Any
 
 from qat_jax.formats import Float, Format, Int
 from qat_jax.granularity import Granularity, PerShard, PerVector
@@ -40,6 +41,12 @@ class Rest:
     parameters: int
     bytes: int
     of: int
+
+    @classmethod
+    def of_arrays(cls, arrays: Sequence[Any], in_kernels: int) -> "Rest":
+        """What these parameters are, beside so many that kernels have."""
+        count = sum(x.size for x in arrays)
+        return cls(count, sum(x.size * x.dtype.itemsize for x in arrays), count + in_kernels)
 
     def __str__(self) -> str:
         share = 100 * self.parameters / max(self.of, 1)
