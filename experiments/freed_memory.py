@@ -6,6 +6,7 @@ lengths keep more than any of them needs (see docs/performance.md): what is kept
 is given back where memory runs short.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -49,10 +50,11 @@ def keep_freed_memory(reserve: float = 0.25) -> bool:
 @functools.cache  # one thread is enough, however often a process is asked to keep what it frees
 def _guard_reserve(reserve: float) -> None:
     def watch() -> None:
-        while True:
-            if share_left() < reserve:
-                ctypes.CDLL(None).malloc_trim(0)
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        with contextlib.suppress(OSError, KeyError):  # a kernel that does not say what is left
+            while True:
+                if share_left() < reserve:
+                    ctypes.CDLL(None).malloc_trim(0)
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     threading.Thread(target=watch, name="freed-memory", daemon=True).start()
 
