@@ -8,7 +8,8 @@
 First convolution and classifier are at 8 bits, clipped at the maximum.
 
 Expected accuracy (360 images, of which one is 0.28 points, and a standard error of about a point;
-float 97.5), quarter to half a minute each on two CPU cores, most of it compilation:
+float 97.5; results/ptq_digits.md), quarter to half a minute each on two CPU cores, most of it
+compilation:
 
     notation   weights and activations clipped at the maximum   by OCTAV
     4/4U       96.1                                             96.9
