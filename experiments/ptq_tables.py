@@ -21,7 +21,7 @@ the end DIR gets result.json.
     bert_calibrators, bert_vectors, bert_scales
                  the same for BERT: other bits, signed activations          (tables 2, 3, 6)
     bert_rounding
-                 and of rounding
+                 kernels of BERT rounded to the nearest or by GPTQ
     bert_weight_calibrators
                  what vectors of BERT's weights are compared with
     bert_dynamic thresholds found in every batch   (OCTAV, arXiv:2206.06501, table 5)

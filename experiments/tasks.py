@@ -112,7 +112,13 @@ def training_inputs(task: Task, config: ConfigDict, count: int) -> Iterator[tupl
 def calibration_inputs(
     task: Task, source: Any, *, batch_size: int, seed: int, count: int
 ) -> Iterator[tuple[jax.Array, ...]]:
-    """What the model is called with on the first batches of shuffled examples."""
+    """What the model is called with on the first batches of shuffled examples.
+
+    Raises:
+        ValueError: the count is negative.
+    """
+    if count < 0:
+        raise ValueError(f"there are no {count} batches to calibrate on: give 0 or more")
     batches = data.train_batches(source, batch_size=batch_size, seed=seed, fields=task.fields)
     for batch in itertools.islice(batches, count):
         yield _inputs(task, batch)

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from flax import nnx
 
 from configs import digits_ptq, quickstart
@@ -32,6 +33,16 @@ def test_it_runs_from_a_file_of_weights(tmp_path):
     metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
     assert metrics["test_count"] == metrics["float_count"] == 360
     assert (tmp_path / "run" / "packed.safetensors").is_file()
+
+
+@pytest.mark.parametrize("key", ["batches", "gptq_batches", "batch_norm_batches"])
+def test_a_negative_number_of_batches_is_refused(tmp_path, capsys, key):
+    weights = tmp_path / "resnet8.safetensors"
+    save_weights(CifarResNet(8, in_channels=1, width=8, rngs=nnx.Rngs(0)), weights)
+    changes = f"--config.model.pretrained={weights}", f"--config.calibration.{key}=-1"
+    assert main(tmp_path / "run", *changes) == cli.WRONG_USAGE
+    assert "no -1 batches to calibrate on: give 0 or more" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_weights_it_says_so(tmp_path, capsys):
