@@ -11,7 +11,10 @@ points on average; 37 % of the area and 24 % of the energy saved at 4/4/4/6. Abo
 two CPU cores.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import cifar10_resnet20_ptq
 
@@ -30,12 +33,16 @@ def get_config() -> ConfigDict:
             "formats": ("nvfp4", "mxfp4", "mxint8"),  # block formats beside them
             "networks": ConfigDict(
                 {
-                    "resnet20": _measured("ResNet-20, CIFAR-10", "ptq_resnet20"),
+                    "resnet20": {
+                        **_measured("ResNet-20, CIFAR-10", "ptq_resnet20"),
+                        "gptq": "results/ptq_resnet20_gptq_rounding.csv",
+                    },
                     "mobilenet_v1": {
                         **_measured("MobileNet v1 0.75, ImageNet", "ptq_mobilenet_v1"),
                         # Batch norms re-estimated, as in its vectors' tables.
                         "per_channel": "results/ptq_mobilenet_v1_depthwise.csv",
                         "per_channel_column": "weights max, batch norms re-estimated",
+                        "gptq": "results/ptq_mobilenet_v1_gptq_rounding.csv",
                     },
                     "minilm": {
                         **_measured("MiniLM, SQuAD, F1", "ptq_minilm_bert"),
@@ -52,11 +59,12 @@ def get_config() -> ConfigDict:
     )
 
 
-def _measured(label: str, name: str) -> dict[str, str]:
+def _measured(label: str, name: str) -> dict[str, Any]:
     """The tables of `experiments.ptq_figures --out=results/NAME`."""
     return {
         "label": label,
         "vectors": f"results/{name}_scales.csv",
         "per_channel": f"results/{name}_vectors.csv",
         "per_channel_column": "best per channel",
+        "gptq": placeholder(str),  # its table "rounding"
     }

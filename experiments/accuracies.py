@@ -8,6 +8,8 @@ from ml_collections import ConfigDict
 
 import qat_jax as qj
 
+Percents = dict[str, float]
+
 
 @dataclasses.dataclass(frozen=True)
 class Accuracies:
@@ -16,13 +18,19 @@ class Accuracies:
     Attributes:
         label: the network and its data.
         in_float: per cent.
-        percents: by W/A/ws/as without U, or by the name of a block format. Of several measurements
-            of the same, the best.
+        nearest: by W/A/ws/as without U, or by the name of a block format, kernels rounded to the
+            nearest. Of several measurements of the same, the best.
+        gptq: the same with kernels rounded by `qj.gptq`; may be empty.
     """
 
     label: str
     in_float: float
-    percents: dict[str, float]
+    nearest: Percents
+    gptq: Percents
+
+    def best(self) -> Percents:
+        """Of either rounding."""
+        return _best(self.nearest, self.gptq)
 
 
 def read(network: ConfigDict) -> Accuracies:
@@ -30,39 +38,52 @@ def read(network: ConfigDict) -> Accuracies:
 
     Args:
         network: `vectors` is a CSV whose columns are bits of scales, `per_channel` one of whose
-            columns only `per_channel_column` counts. Rows are bits, and may say more after a comma.
-            Floating-point vector scales are passed over: no integer datapath multiplies them.
+            columns only `per_channel_column` counts, `gptq` one of the table "rounding", or None.
+            Rows are bits, and may say more after a comma.
 
     Raises:
         FileNotFoundError: there is no such CSV.
         ValueError: the CSV has no such columns.
     """
-    percents: dict[str, float] = {}
-    in_float = float("nan")
-    for path, column in [
-        (network.vectors, None),
-        (network.per_channel, network.per_channel_column),
-    ]:
-        for row in _rows(Path(path)):
-            in_float = float(row["float_percent"])
-            if column not in (None, row["column"]):
-                continue
-            scales = row["column"] if column is None else "-/-"
-            bits = row["row"].partition(",")[0]
-            notation = qj.Notation.parse(bits if bits.count("/") == 3 else f"{bits}/{scales}")
-            if isinstance(notation.weight_scale, str) or isinstance(notation.activation_scale, str):
-                continue
-            name = str(dataclasses.replace(notation, unsigned=False))
-            percents[name] = max(percents.get(name, 0.0), float(row["accuracy_percent"]))
-    return Accuracies(network.label, in_float, percents)
+    vectors, per_channel = _rows(network.vectors), _rows(network.per_channel)
+    rounded = [] if network.gptq is None else _rows(network.gptq)
+    return Accuracies(
+        network.label,
+        in_float=float(vectors[0]["float_percent"]),
+        nearest=_best(_percents(vectors), _percents(per_channel, network.per_channel_column)),
+        gptq=_percents(rounded, "GPTQ"),
+    )
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
+def _percents(rows: list[dict[str, str]], column: str | None = None) -> Percents:
+    """By notation: of one column, or, if columns are bits of scales, of all.
+
+    Floating-point vector scales are passed over: no integer datapath multiplies them.
+    """
+    percents: Percents = {}
+    for row in rows:
+        if column not in (None, row["column"]):
+            continue
+        scales = row["column"] if column is None else "-/-"
+        bits = row["row"].partition(",")[0]
+        notation = qj.Notation.parse(bits if bits.count("/") == 3 else f"{bits}/{scales}")
+        if isinstance(notation.weight_scale, str) or isinstance(notation.activation_scale, str):
+            continue
+        name = str(dataclasses.replace(notation, unsigned=False))
+        percents = _best(percents, {name: float(row["accuracy_percent"])})
+    return percents
+
+
+def _best(some: Percents, others: Percents) -> Percents:
+    return some | {name: max(percent, some.get(name, percent)) for name, percent in others.items()}
+
+
+def _rows(path: str) -> list[dict[str, str]]:
+    if not Path(path).is_file():
         raise FileNotFoundError(
             f"no table {path}: make it with experiments.ptq_figures, or drop its network"
         )
-    with path.open(newline="") as file:
+    with Path(path).open(newline="") as file:
         rows = list(csv.DictReader(file))
     needed = {"row", "column", "accuracy_percent", "float_percent"}
     if not rows or not needed <= rows[0].keys():

@@ -14,7 +14,8 @@ DIR gets config.json, result.json with the fit and the headline claims, and
 
     published.csv, fit.png         every published point, as modelled and as predicted when left out
     rounding.csv, rounding.png     energy with rounded scale products
-    designs.csv, design_space.png  every design's widths, area, energy and accuracies
+    designs.csv, design_space.png  every design's widths, area, energy and accuracies; NETWORK_gptq
+                                   is the better of kernels rounded to the nearest and by GPTQ
 """
 
 import itertools
@@ -87,14 +88,16 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         logger.info("no --config.bench.model.pretrained: nothing is measured")
     else:
         of_formats = {name: accuracy(bench, config.bench, name) for name in config.formats}
-        networks[config.bench_network].percents.update(of_formats)
+        networks[config.bench_network].nearest.update(of_formats)
         gating = {n: zero_products(bench, config, n) for n in published.ROUNDED_ENERGY}
 
     # Join
     rounding = list(rounded(energy, gating))
     rows = [design_row(name, design, area, energy) for name, design in designs.items()]
     for name, measured in networks.items():
-        join(rows, name, measured)
+        join(rows, name, measured.nearest)
+        if measured.gptq:
+            join(rows, f"{name}_gptq", measured.best())
 
     # Write
     write_csv(workdir / "published.csv", list(itertools.chain(*points.values())))
@@ -108,7 +111,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "claims": [claim(n, area, energy, networks) for n in CLAIMS],
         "designs": len(rows),
         "networks": {
-            name: {"float": each.in_float, **each.percents} for name, each in networks.items()
+            name: {"float": each.in_float, **each.nearest, "gptq": each.gptq}
+            for name, each in networks.items()
         },
     }
     result = folder.finish(settings, metrics, wall_seconds=time.monotonic() - started)
@@ -232,17 +236,17 @@ def design_row(
     }
 
 
-def join(rows: list[Row], name: str, measured: Accuracies) -> None:
-    """Adds a network's accuracies, and which designs are on the Pareto fronts of those measured."""
-    known = [row for row in rows if row["design"] in measured.percents]
-    percents = [measured.percents[row["design"]] for row in known]
+def join(rows: list[Row], name: str, percents: Mapping[str, float]) -> None:
+    """Adds some accuracies, and which designs are on the Pareto fronts of those measured."""
+    known = [row for row in rows if row["design"] in percents]
+    heights = [percents[row["design"]] for row in known]
     fronts = {
-        cost: hardware.pareto_front([row[cost] for row in known], percents)
+        cost: hardware.pareto_front([row[cost] for row in known], heights)
         for cost in ("area", "energy")
     }
     for row in rows:
         row |= {f"{name}_percent": "", f"{name}_area_front": "", f"{name}_energy_front": ""}
-    for number, (row, percent) in enumerate(zip(known, percents, strict=True)):
+    for number, (row, percent) in enumerate(zip(known, heights, strict=True)):
         row[f"{name}_percent"] = percent
         for cost, front in fronts.items():
             row[f"{name}_{cost}_front"] = int(number in front)
@@ -263,9 +267,9 @@ def claim(
         "published_energy_saved": round(100 * (1 - theirs.energy), 1),
         "modelled_energy_saved": round(100 * (1 - energy(design)), 1),
         "accuracies": {
-            name: {"percent": each.percents[notation], "float": each.in_float}
+            name: {"percent": each.nearest[notation], "float": each.in_float}
             for name, each in networks.items()
-            if notation in each.percents
+            if notation in each.nearest
         },
     }
 

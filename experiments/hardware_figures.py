@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -99,40 +99,85 @@ def design_space(path: Path, rows: Sequence[Row], networks: Mapping[str, Accurac
     grid = figure.subplots(len(networks), 3, squeeze=False)
     panels: list[tuple[Axes, dict[str, tuple[float, float]], list[str]]] = []
     for axes, (name, network) in zip(grid, networks.items(), strict=True):
-        known = [row for row in rows if row[f"{name}_percent"] != ""]
-        lost = {row["design"]: network.in_float - row[f"{name}_percent"] for row in known}
-        drawn = [row for row in known if lost[row["design"]] <= _MOST_LOST]
-        first = [r["design"] for r in drawn if _kind(r["design"]) == "block format"]
-        first += [design for design in _LANDMARKS if design in lost]
+        nearest = _points(rows, network, name)
+        best = _points(rows, network, f"{name}_gptq") if network.gptq else nearest
+        blocks = [point.name for point in nearest if _kind(point.design) == "block format"]
+        first = [*blocks, *_LANDMARKS]
         for part, cost in [(axes[0], "area"), (axes[1], "energy")]:
-            front = f"{name}_{cost}_front"
-            _accuracy_panel(part, drawn, lost, cost, front)
+            _accuracy_panel(part, nearest, best, cost)
             part.set_title(f"{network.label}, {network.in_float:.1f} % in float", fontsize=11)
-            places = {row["design"]: (row[cost], lost[row["design"]]) for row in drawn}
-            best = [row["design"] for row in drawn if row[front]]
-            panels.append((part, places, [*first, *best]))
-        _cost_panel(axes[2], rows, drawn, lost)
+            places = {point.name: (point.costs[cost], point.lost) for point in [*nearest, *best]}
+            ends = [point.name for point in [*best, *nearest] if point.on_front[cost]]
+            panels.append((part, places, [*first, *ends]))
+        _cost_panel(axes[2], rows, best)
         axes[2].set_title(f"{network.label}: area and energy", fontsize=11)
-        places = {row["design"]: (row["area"], row["energy"]) for row in drawn}
+        places = {point.name: (point.costs["area"], point.costs["energy"]) for point in best}
         panels.append((axes[2], places, first))
+    labelled = [axes.get_legend_handles_labels() for axes in grid[:, :2].flat]
+    handles = {label: handle for pair in labelled for handle, label in zip(*pair, strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
     figure.draw_without_rendering()  # settles where points are on the page
     for part, places, names in panels:
         _Names(part, places).write([name for name in dict.fromkeys(names) if name in places])
     figure.savefig(path, dpi=_DPI)
 
 
+class _Point(NamedTuple):
+    """A design's costs and what a network loses there."""
+
+    design: str
+    rounded: bool  # by GPTQ
+    lost: float  # points below float
+    costs: dict[str, float]
+    on_front: dict[str, bool]
+
+    @property
+    def name(self) -> str:
+        return f"{self.design} GPTQ" if self.rounded else self.design
+
+
+def _points(rows: Sequence[Row], network: Accuracies, column: str) -> list[_Point]:
+    """What is near enough to float to be drawn, of `column`_percent and its fronts."""
+    points = []
+    for row in rows:
+        if row[f"{column}_percent"] == "":
+            continue
+        design, percent = row["design"], row[f"{column}_percent"]
+        point = _Point(
+            design,
+            rounded=percent != network.nearest.get(design),
+            lost=network.in_float - percent,
+            costs={cost: row[cost] for cost in ("area", "energy")},
+            on_front={cost: bool(row[f"{column}_{cost}_front"]) for cost in ("area", "energy")},
+        )
+        if point.lost <= _MOST_LOST:
+            points.append(point)
+    return points
+
+
 def _accuracy_panel(
-    axes: Axes, rows: Sequence[Row], lost: Mapping[str, float], cost: str, front: str
+    axes: Axes, nearest: Sequence[_Point], best: Sequence[_Point], cost: str
 ) -> None:
+    rounded = [point for point in best if point.rounded]
     for kind, (colour, marker) in _KINDS.items():
-        mine = [row for row in rows if _kind(row["design"]) == kind]
+        size = 15 if marker == "*" else 8
+        mine = [point for point in nearest if _kind(point.design) == kind]
         if mine:
-            axes.plot([row[cost] for row in mine], [lost[row["design"]] for row in mine], marker,
+            axes.plot([point.costs[cost] for point in mine], [point.lost for point in mine], marker,
                       color=colour, label=kind, alpha=0.75, mec="white",
-                      markersize=15 if marker == "*" else 8)  # fmt: skip
-    best = sorted((row for row in rows if row[front]), key=lambda row: row[cost])
-    axes.step([row[cost] for row in best], [lost[row["design"]] for row in best], where="post",
-              color=BLACK, linewidth=1, label="Pareto front", zorder=0)  # fmt: skip
+                      markersize=size)  # fmt: skip
+        mine = [point for point in rounded if _kind(point.design) == kind]
+        if mine:
+            axes.plot([point.costs[cost] for point in mine], [point.lost for point in mine], marker,
+                      mfc="white", mec=colour, mew=2, markersize=size,
+                      label=f"{kind}, rounded by GPTQ")  # fmt: skip
+    fronts = {"Pareto front": (nearest, "-")}
+    if rounded:
+        fronts["Pareto front, GPTQ included"] = (best, "--")
+    for label, (points, style) in fronts.items():
+        places = sorted((p.costs[cost], p.lost) for p in points if p.on_front[cost])
+        axes.step(*zip(*places, strict=True), style, where="post", color=BLACK, linewidth=1,
+                  label=label, zorder=0)  # fmt: skip
     axes.set_yscale("symlog", linthresh=1)
     low, high = axes.get_ylim()
     low, high = min(low, -0.7), 1.25 * high
@@ -144,21 +189,19 @@ def _accuracy_panel(
     axes.set_xlabel(f"{cost}, relative to 8/8/-/-")
     axes.set_ylabel("points below float")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
 
 
-def _cost_panel(
-    axes: Axes, rows: Sequence[Row], known: Sequence[Row], lost: Mapping[str, float]
-) -> None:
+def _cost_panel(axes: Axes, rows: Sequence[Row], points: Sequence[_Point]) -> None:
     """Every design in grey, the measured ones coloured by what they lose."""
     axes.plot([row["area"] for row in rows], [row["energy"] for row in rows], ".", color="0.85",
               label="all designs", zorder=0)  # fmt: skip
     least = -np.inf
     for most, colour in _LOSS_BANDS:
-        mine = [row for row in known if least < lost[row["design"]] <= most]
+        mine = [point for point in points if least < point.lost <= most]
         for block in (False, True):
-            part = [row for row in mine if (_kind(row["design"]) == "block format") == block]
-            axes.plot([row["area"] for row in part], [row["energy"] for row in part],
+            part = [point for point in mine if (_kind(point.design) == "block format") == block]
+            axes.plot([point.costs["area"] for point in part],
+                      [point.costs["energy"] for point in part],
                       "*" if block else "o", color=colour, mec="white",
                       markersize=15 if block else 8,
                       label=None if block else f"up to {most:g} points lost")  # fmt: skip

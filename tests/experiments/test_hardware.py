@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from experiments import cli, hardware, hardware_results
+from experiments import accuracies, cli, hardware, hardware_results
 from qat_jax.hardware import published
 from tests.experiments import resnet8
 
@@ -34,6 +34,13 @@ def test_the_main_leaves_what_it_promises(tmp_path, capsys):
     assert float(designs["8/8/-/-"]["area"]) == 1
     assert designs["4/4/4/4"]["resnet20_percent"] == "89.5"  # results/ptq_resnet20_scales.csv
     assert designs["4/8/-/-"]["mobilenet_v1_percent"] == "73.7"  # the better of two
+    assert designs["4/4/-/-"]["resnet20_percent"] == "89.3"
+    assert designs["4/4/-/-"]["resnet20_gptq_percent"] == "90.9"  # ptq_resnet20_gptq_rounding.csv
+    assert designs["4/8/-/-"]["resnet20_percent"] == ""
+    assert designs["4/8/-/-"]["resnet20_gptq_percent"] == "91.6"
+    assert designs["8/8/-/-"]["resnet20_gptq_percent"] == "91.9"  # rounded to the nearest alone
+    assert designs["8/8/-/-"]["resnet20_area_front"] == "1"
+    assert "minilm_gptq_percent" not in designs["8/8/-/-"]
     assert designs["nvfp4"]["resnet20_percent"] == ""
     assert len(rows(workdir / "published.csv")) == 17 + 21
     assert len(rows(workdir / "rounding.csv")) == 12
@@ -71,6 +78,11 @@ def test_what_results_lack_is_measured(tmp_path, weights, monkeypatch):
         assert float(row["gated"]) <= float(row["width_alone"])
 
 
+def test_the_better_of_two_roundings_counts():
+    measured = accuracies.Accuracies("net", 90.0, {"a": 80.0, "b": 85.0}, {"b": 84.0, "c": 70.0})
+    assert measured.best() == {"a": 80.0, "b": 85.0, "c": 70.0}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -78,6 +90,7 @@ def test_what_results_lack_is_measured(tmp_path, weights, monkeypatch):
         ("--config.designs.scales=('fp32',)", "give integer bits"),
         ("--config.networks.resnet20.vectors=results/none.csv", "no table results/none.csv"),
         ("--config.networks.resnet20.vectors=README.md", "README.md is no table"),
+        ("--config.networks.minilm.gptq=results/none.csv", "no table results/none.csv"),
         ("--config.bench_network=lenet", "not among the networks"),
         ("--config.bench.model.pretrained=none.safetensors", "is not prepared"),
     ],
