@@ -43,7 +43,7 @@ def linked(hooks, text, source):
         ("api/index.md", "[a](../octav.md#x)", "[a](../octav.md#x)"),
         ("results/README.md", "[a](../docs/hardware.md)", "[a](../hardware.md)"),
         ("tutorials/a.md", "![a](../../results/quickstart.png)", "![a](../results/quickstart.png)"),
-        ("index.md", "[the code](../qat_jax/nnx.py)", "`qat_jax/nnx.py`"),
+        ("index.md", "[the code](../qat_jax/ops.py)", "`qat_jax/ops.py`"),
         ("index.md", "[a](nowhere.md)", "[a](nowhere.md)"),
         ("index.md", "[a](https://arxiv.org/abs/1)", "[a](https://arxiv.org/abs/1)"),
         ("index.md", "[a](#there)", "[a](#there)"),

@@ -1,0 +1,54 @@
+"""Quantisers in an unmodified Flax NNX model, through Flax's own injection points.
+
+What is injected are NNX modules themselves, so that quantisers can sow diagnostics and hold state:
+
+    operand      the module that quantises one operand of one layer
+    operations   modules in the place of a layer's operation
+    sites        where layers have such places
+    captured     what quantisers sowed during a forward pass
+    model        a policy into a model; which layer got what
+"""
+
+from qat_jax.nnx.captured import (
+    captured_by_operand,
+    diagnostics_by_layer,
+    in_all_runs,
+    operand_codes,
+)
+from qat_jax.nnx.model import copy_model, quantize_model, report
+from qat_jax.nnx.operand import (
+    Candidate,
+    Carried,
+    Codes,
+    Diagnostic,
+    NonFinite,
+    Operand,
+    OperandQuantizer,
+    Threshold,
+)
+from qat_jax.nnx.operations import QuantizedAttention, QuantizedOp
+from qat_jax.nnx.sites import LayerSite, is_weight, layer_sites, operand_quantizers
+
+__all__ = [
+    "Candidate",
+    "Carried",
+    "Codes",
+    "Diagnostic",
+    "LayerSite",
+    "NonFinite",
+    "Operand",
+    "OperandQuantizer",
+    "QuantizedAttention",
+    "QuantizedOp",
+    "Threshold",
+    "captured_by_operand",
+    "copy_model",
+    "diagnostics_by_layer",
+    "in_all_runs",
+    "is_weight",
+    "layer_sites",
+    "operand_codes",
+    "operand_quantizers",
+    "quantize_model",
+    "report",
+]

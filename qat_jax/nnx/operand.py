@@ -1,0 +1,123 @@
+"""The module that quantises one operand of one layer, and what it holds or sows."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qat_jax.diagnostics import fake_quant_with_diagnostics
+from qat_jax.display import DescribedQuantizer
+from qat_jax.granularity import ChannelAxis, VectorAxis
+from qat_jax.padding import TOKENS, without_padding
+from qat_jax.quantizer import QTensor, Quantizer, fake_quant, quantize
+
+
+class Diagnostic(nnx.Variable):
+    """The type under which quantisers sow their `Diagnostics`: see `diagnostics_by_layer`."""
+
+
+class Candidate(nnx.Variable):
+    """The type under which quantisers sow the threshold that they find in their operand.
+
+    A forward pass that is captured with it quantises nothing: see `calibration`.
+    """
+
+
+class NonFinite(nnx.Variable):
+    """The type under which quantisers sow how many groups of their operand are not finite.
+
+    Found from thresholds, it costs no look at the operand itself.
+    """
+
+
+class Codes(nnx.Variable):
+    """The type under which quantisers sow their operand as a `QTensor`."""
+
+
+class Operand(nnx.Variable):
+    """The type under which quantisers sow their operand as it reaches them, without padding."""
+
+
+class Threshold(nnx.Variable):
+    """Thresholds that were frozen into the model: part of its state, and no parameter."""
+
+
+class Carried(nnx.Variable):
+    """Thresholds of the step before, with which a search begins: state, and no parameter."""
+
+
+class OperandQuantizer(DescribedQuantizer, nnx.Module):
+    """Quantises one operand of one layer.
+
+    Attributes:
+      quantizer: the description (static).
+      token_axes: the operand's axes of examples and of positions, if it can have padding (static).
+      threshold: thresholds found before (see `calibration`); None: found in each call.
+      carried: where training begins to search for them; None: from nothing.
+      deterministic: whether thresholds found depend on the operand alone, as in evaluation, where
+        Flax sets this attribute.
+    """
+
+    def __init__(self, quantizer: Quantizer, token_axes: tuple[int, int] | None = TOKENS) -> None:
+        self.quantizer = quantizer
+        self.token_axes = token_axes
+        self.threshold: Threshold | None = nnx.data(None)
+        self.carried: Carried | None = nnx.data(None)
+        self.deterministic = False
+
+    def _words(self) -> str:
+        return super()._words() + (" frozen" if self.threshold is not None else "")
+
+    def __call__(
+        self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
+    ) -> jax.Array:
+        """Fake quantisation of x."""
+        x = without_padding(x, self.token_axes)
+        axes: dict[str, Any] = {"channel_axis": channel_axis, "vector_axis": vector_axis}
+        if _captures(self, Operand):
+            self.sow(Operand, "operand", x)
+        if _captures(self, Candidate):
+            self.sow(Candidate, "candidates", self.quantizer.threshold(x, **axes))
+            return x
+        if self.threshold is None:
+            threshold = seen = self._found(x, channel_axis, vector_axis)
+        else:
+            threshold, seen = self.threshold.get_value(), x  # frozen, they say nothing about x
+        if _captures(self, NonFinite):
+            self.sow(NonFinite, "non_finite", jnp.sum(~jnp.isfinite(seen), dtype=jnp.float32))
+        axes["threshold"] = threshold
+        if _captures(self, Codes):
+            self.sow(Codes, "codes", quantize(x, self.quantizer, **axes))
+        if not _captures(self, Diagnostic):
+            return fake_quant(x, self.quantizer, **axes)
+        x, diagnostics = fake_quant_with_diagnostics(x, self.quantizer, **axes)
+        self.sow(Diagnostic, "diagnostics", diagnostics)
+        return x
+
+    def _found(self, x: jax.Array, channel_axis: ChannelAxis, vector_axis: VectorAxis) -> jax.Array:
+        """Thresholds of x; those of training are carried to the next step."""
+        if self.carried is None or self.deterministic:
+            return self.quantizer.threshold(x, channel_axis, vector_axis)
+        before = self.carried.get_value()
+        threshold = self.quantizer.refined_threshold(x, before, channel_axis)
+        found = threshold.reshape(before.shape)  # an example alone has fewer axes than a batch
+        self.carried.set_value(jnp.where(jnp.isfinite(found), found, before))
+        return threshold
+
+    def quantized(
+        self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
+    ) -> QTensor:
+        """Codes and scales of what a call makes of x; not differentiable."""
+        return quantize(
+            without_padding(x, self.token_axes),
+            self.quantizer,
+            channel_axis=channel_axis,
+            vector_axis=vector_axis,
+            threshold=None if self.threshold is None else self.threshold.get_value(),
+        )
+
+
+def _captures(module: nnx.Module, kind: type[nnx.Variable]) -> bool:
+    """Whether an ``nnx.capture`` listens to a type: else sowing it would be wasted."""
+    return any(type(variable) is kind for variable in getattr(module, "__captures__", ()))

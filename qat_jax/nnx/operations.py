@@ -1,0 +1,113 @@
+"""The modules that take the place of a layer's own operation and quantise its operands."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.attention import dot_product_attention_weights
+
+from qat_jax import ops
+from qat_jax.display import DescribedOperands
+from qat_jax.nnx.operand import OperandQuantizer
+from qat_jax.padding import QUERIES, TOKENS
+from qat_jax.policy import Rule
+from qat_jax.quantizer import Quantizer
+
+
+class QuantizedOp(DescribedOperands, nnx.Module):
+    """Takes the place of a ``jax.lax`` operation inside a layer; the kernel is on the right.
+
+    Attributes:
+      op: an operation of ``ops`` (static).
+      activations: quantiser of the left operand, or None.
+      weights: quantiser of the right operand, or None.
+    """
+
+    def __init__(self, op: Callable[..., jax.Array], rule: Rule) -> None:
+        self.op = op
+        self.activations = _operand(rule.activations)
+        self.weights = _operand(rule.weights, None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        """The operation, of quantised operands."""
+        return self.op(*args, lhs=self.activations, rhs=self.weights, **kwargs)
+
+
+class QuantizedPromotion(DescribedOperands, nnx.Module):
+    """Takes the place of a layer's ``promote_dtype`` and quantises input and kernel there.
+
+    Attributes:
+      promote: the layer's own promotion (static).
+      kernel_axes: the axes of the output and of the input features in the kernel (static).
+      activations: quantiser of the input, or None.
+      weights: quantiser of the kernel, or None.
+    """
+
+    def __init__(
+        self, promote: Callable[..., tuple], kernel_axes: tuple[int, int], rule: Rule
+    ) -> None:
+        self.promote = promote
+        self.kernel_axes = kernel_axes
+        self.activations = _operand(rule.activations)
+        self.weights = _operand(rule.weights, None)
+
+    def __call__(self, arrays: tuple, **kwargs: Any) -> tuple:
+        """Promote (input, kernel, bias) to a common dtype, then quantise the first two."""
+        x, kernel, bias = self.promote(arrays, **kwargs)
+        if self.activations is not None:
+            x = self.activations(x, channel_axis=0, vector_axis=-1)
+        if self.weights is not None:
+            kernel = self.weights(kernel, *self.kernel_axes)
+        return x, kernel, bias
+
+
+class QuantizedAttention(nnx.Module):
+    """Dot-product attention whose two matrix products have quantised operands.
+
+    Takes the place of ``nnx.dot_product_attention`` and takes its arguments.
+
+    Attributes:
+      query: quantiser of the queries; so the next three.
+      key: of the keys.
+      attention_weights: of the softmax's output, dropout included.
+      value: of the values.
+    """
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.query = OperandQuantizer(quantizer)
+        self.key = OperandQuantizer(quantizer)
+        self.attention_weights = OperandQuantizer(quantizer, QUERIES)
+        self.value = OperandQuantizer(quantizer)
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        precision: Any = None,
+        **kwargs: Any,
+    ) -> jax.Array:
+        """Attention over [batch…, length, heads, depth], as ``nnx.dot_product_attention``."""
+        all_but_depth = tuple(range(query.ndim - 1))
+        query = self.query(query, channel_axis=all_but_depth, vector_axis=-1)
+        key = self.key(key, channel_axis=all_but_depth, vector_axis=-1)
+        weights = dot_product_attention_weights(query, key, precision=precision, **kwargs)
+        # Grouped queries: as many heads of values as of queries.
+        value = jnp.repeat(value, weights.shape[-3] // value.shape[-2], axis=-2)
+        return ops.einsum(
+            "...hqk,...khd->...qhd",
+            weights,
+            value.astype(weights.dtype),
+            precision=precision,
+            lhs=self.attention_weights,
+            rhs=self.value,
+        )
+
+
+def _operand(
+    quantizer: Quantizer | None, token_axes: tuple[int, int] | None = TOKENS
+) -> OperandQuantizer | None:
+    return None if quantizer is None else OperandQuantizer(quantizer, token_axes)
