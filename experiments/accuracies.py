@@ -49,7 +49,7 @@ def read(network: ConfigDict) -> Accuracies:
     rounded = [] if network.gptq is None else _rows(network.gptq)
     return Accuracies(
         network.label,
-        in_float=float(vectors[0]["float_percent"]),
+        in_float=_number(vectors[0], "float_percent"),
         nearest=_best(_percents(vectors), _percents(per_channel, network.per_channel_column)),
         gptq=_percents(rounded, "GPTQ"),
     )
@@ -70,12 +70,20 @@ def _percents(rows: list[dict[str, str]], column: str | None = None) -> Percents
         if isinstance(notation.weight_scale, str) or isinstance(notation.activation_scale, str):
             continue
         name = str(dataclasses.replace(notation, unsigned=False))
-        percents = _best(percents, {name: float(row["accuracy_percent"])})
+        percents = _best(percents, {name: _number(row, "accuracy_percent")})
     return percents
 
 
 def _best(some: Percents, others: Percents) -> Percents:
     return some | {name: max(percent, some.get(name, percent)) for name, percent in others.items()}
+
+
+def _number(row: dict[str, str], name: str) -> float:
+    try:
+        return float(row[name])
+    except (TypeError, ValueError):
+        where = f"row {row['row']}, column {row['column']}"
+        raise ValueError(f"the {name} of {where} is no number: {row[name]!r}") from None
 
 
 def _rows(path: str) -> list[dict[str, str]]:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qat_jax.counts import settle_count
+
 ChannelAxis = int | Sequence[int] | None
 VectorAxis = int | Sequence[int] | None
 
@@ -164,8 +166,7 @@ class PerShard:
     count: int
 
     def __post_init__(self) -> None:
-        if operator.index(self.count) < 1:
-            raise ValueError(f"a batch has at least 1 shard, not {self.count}")
+        settle_count(self, "count", "a batch has at least 1 shard")
 
     def groups(self, ndim: int, channel_axis: ChannelAxis, vector_axis: VectorAxis) -> Groups:
         """All axes share a scale, the leading one within its shard."""
@@ -211,8 +212,8 @@ class PerVector:
     size: int
 
     def __post_init__(self) -> None:
-        if not 1 <= operator.index(self.size) <= _LONGEST_VECTOR:
-            raise ValueError(f"vectors have 1 to {_LONGEST_VECTOR} elements, not {self.size}")
+        says = f"vectors have 1 to {_LONGEST_VECTOR} elements"
+        settle_count(self, "size", says, most=_LONGEST_VECTOR)
 
     def groups(self, ndim: int, channel_axis: ChannelAxis, vector_axis: VectorAxis) -> Groups:
         """The vector axes, cut; all others have scales of their own."""

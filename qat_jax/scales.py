@@ -136,7 +136,7 @@ class IntScale:
     zero: Literal["zero", "one"] = "zero"
 
     def __post_init__(self) -> None:
-        _ = self._format  # checks the bits
+        object.__setattr__(self, "bits", self._format.bits)  # checked, and a Python integer
         for name, known in _OPTIONS.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"IntScale.{name} is one of {known}, not {getattr(self, name)!r}")

@@ -305,7 +305,13 @@ def test_impossible_percentages_are_refused(percent):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: MseSweep(0), lambda: Entropy(bins=0), lambda: Entropy(candidates=0)]
+    "make",
+    [
+        lambda: MseSweep(0),
+        lambda: MseSweep(2.5),
+        lambda: Entropy(bins=0),
+        lambda: Entropy(candidates=0),
+    ],
 )
 def test_impossible_counts_are_refused(make):
     with pytest.raises(ValueError, match="count of at least 1"):

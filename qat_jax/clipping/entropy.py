@@ -9,6 +9,7 @@ from jax import lax
 
 from qat_jax.clipping.groups import keepdims_shape, merged, rescaled, unit_groups
 from qat_jax.clipping.protocol import uniform
+from qat_jax.counts import settle_count
 from qat_jax.formats import Format
 
 
@@ -43,8 +44,7 @@ class Entropy:
 
     def __post_init__(self) -> None:
         for name in ("bins", "candidates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is a count of at least 1, not {getattr(self, name)!r}")
+            settle_count(self, name, f"{name} is a count of at least 1")
 
     def threshold(self, x: jax.Array, format: Format, axes: tuple[int, ...]) -> jax.Array:
         """The threshold for each group of x; a ValueError if the codes are not evenly spaced."""

@@ -13,6 +13,7 @@ from qat_jax.clipping.bracket import bracketed
 from qat_jax.clipping.groups import arranged, count, keepdims_shape, sums
 from qat_jax.clipping.loops import repeat, while_loop
 from qat_jax.clipping.protocol import accumulation_dtype, uniform
+from qat_jax.counts import settle_count
 from qat_jax.formats import Format, Int
 from qat_jax.granularity import normalize_axes
 
@@ -69,8 +70,8 @@ class Octav:
     noise: Literal["grid", "paper"] = "grid"
 
     def __post_init__(self) -> None:
-        if self.iterations is not None and self.iterations < 0:
-            raise ValueError(f"iterations is a count, not {self.iterations}")
+        if self.iterations is not None:
+            settle_count(self, "iterations", "iterations is a count", least=0)
         if self.noise not in ("grid", "paper"):
             raise ValueError(f'noise is "grid" or "paper", not {self.noise!r}')
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qat_jax.clipping.groups import keepdims_shape, rescaled, sums, unit_groups
+from qat_jax.counts import settle_count
 from qat_jax.formats import Format
 
 # Points tried in one pass: XLA's CPU backend uses vectors for several sums, mostly not for one.
@@ -28,8 +29,7 @@ class MseSweep:
     points: int = 100
 
     def __post_init__(self) -> None:
-        if self.points < 1:
-            raise ValueError(f"points is a count of at least 1, not {self.points!r}")
+        settle_count(self, "points", "points is a count of at least 1")
 
     def threshold(self, x: jax.Array, format: Format, axes: tuple[int, ...]) -> jax.Array:
         """The threshold of least squared error for each group of x."""

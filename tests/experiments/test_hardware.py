@@ -2,6 +2,7 @@ import csv
 import json
 
 import pytest
+from ml_collections import ConfigDict
 
 from experiments import accuracies, cli, hardware, hardware_results
 from qat_jax.hardware import published
@@ -81,6 +82,22 @@ def test_what_results_lack_is_measured(tmp_path, weights, monkeypatch):
 def test_the_better_of_two_roundings_counts():
     measured = accuracies.Accuracies("net", 90.0, {"a": 80.0, "b": 85.0}, {"b": 84.0, "c": 70.0})
     assert measured.best() == {"a": 80.0, "b": 85.0, "c": 70.0}
+
+
+def test_a_number_that_cannot_be_read_is_located(tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("row,column,accuracy_percent,float_percent\n4/4U,4/6,9O.6,91.5\n")
+    network = ConfigDict(
+        {
+            "label": "net",
+            "vectors": str(table),
+            "per_channel": str(table),
+            "per_channel_column": "octav",
+            "gptq": None,
+        }
+    )
+    with pytest.raises(ValueError, match="accuracy_percent of row 4/4U, column 4/6 is no number"):
+        accuracies.read(network)
 
 
 @pytest.mark.parametrize(
