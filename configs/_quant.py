@@ -40,7 +40,8 @@ def quant_config(arg: str) -> ConfigDict:
         >>> quant_config("bits=4,clipping=max").to_dict()
         {'activation_bits': 4, 'carried': False, 'clipping': 'max', 'diagnostics': False,
          'edge_bits': 8, 'edge_clipping': 'max', 'gradient': 'mph', 'narrow': True, 'notation': '',
-         'policy': None, 'shards': 1, 'static_batches': 0, 'weight_bits': 4}
+         'policy': None, 'shards': 1, 'smoothing_batches': 0, 'static_batches': 0,
+         'weight_bits': 4}
     """
     values = dict(DEFAULTS)
     parts = [] if arg == "float" else [part for part in arg.split(",") if part]
@@ -77,6 +78,9 @@ def quant_config(arg: str) -> ConfigDict:
             "narrow": True,  # the threshold is itself a code; the paper's grids are not narrow
             "edge_bits": 8,  # of the first convolution and the classifier
             "edge_clipping": values["clipping"],
+            # Of training images by which outliers move into kernels before the first step: see
+            # qat_jax.smooth.
+            "smoothing_batches": 0,
             # Of training images behind thresholds that stay; 0: every step finds its own.
             "static_batches": _STATIC_BATCHES if values["scaling"] == "static" else 0,
             # Whether training begins its searches with the thresholds of the step before.

@@ -25,8 +25,9 @@ Examples:
 Other flags: --config.quant.vector_size, --config.clipping.weights and .activations (max, octav,
 exact, mse, entropy, p99.99), --config.scale.codes, .order, .zero and .clipping,
 --config.quant.overrides="('.*depthwise=8/8U',)", --config.fold_batch_norm,
---config.calibration.gptq_batches (kernels rounded so that layers answer so many batches as they
-did: GPTQ) and .batch_norm_batches (batch norms re-estimated on so many).
+--config.calibration.smoothing_batches (outliers of activations moved into kernels as so many
+batches suggest: SmoothQuant), .gptq_batches (kernels rounded so that layers answer so many batches
+as they did: GPTQ) and .batch_norm_batches (batch norms re-estimated on so many).
 
 DIR gets config.json, metrics.jsonl, TensorBoard events, packed.safetensors, which is the quantised
 network for experiments.export, and result.json, which has the accuracy in
@@ -114,6 +115,8 @@ class Bench:
             return self.model
         model = qj.quantize_model(self.model, policy)
         calibration = config.calibration
+        if calibration.smoothing_batches:
+            qj.smooth(model, self._train_inputs(calibration.smoothing_batches, config.seed))
         if calibration.batches:
             inputs = self._train_inputs(calibration.batches, config.seed)
             qj.calibrate(model, inputs, pool=calibration.pool)
@@ -146,7 +149,14 @@ class Bench:
 def needs_training_examples(config: ConfigDict) -> bool:
     """Whether the config calibrates on anything."""
     calibration = config.calibration
-    return any((calibration.batches, calibration.gptq_batches, calibration.batch_norm_batches))
+    return any(
+        (
+            calibration.smoothing_batches,
+            calibration.batches,
+            calibration.gptq_batches,
+            calibration.batch_norm_batches,
+        )
+    )
 
 
 @cli.once("dataset", "model", "quant", "clipping", "scale", "calibration")

@@ -22,6 +22,8 @@ the end DIR gets result.json.
                  the same for BERT: other bits, signed activations          (tables 2, 3, 6)
     bert_rounding
                  kernels of BERT rounded to the nearest or by GPTQ
+    bert_smoothing
+                 outliers of BERT's activations moved into kernels, or not
     bert_weight_calibrators
                  what vectors of BERT's weights are compared with
     bert_dynamic thresholds found in every batch   (OCTAV, arXiv:2206.06501, table 5)
@@ -59,6 +61,7 @@ BERT_DYNAMIC_BITS = ("4/8", "8/4", *BERT_EQUAL_BITS)  # which of both it is that
 BERT_CALIBRATORS = ("max", "p99.9", "p99.99", "p99.999", "mse", "octav")
 STATIC_BATCHES, BERT_STATIC_BATCHES = 5, 10  # behind static thresholds
 GPTQ_BATCHES = 4
+SMOOTHING_BATCHES = 4
 REESTIMATION = {"": 0, ", batch norms re-estimated": 10}  # and on how many batches
 
 
@@ -171,6 +174,14 @@ def _rounded(activations: dict[str, str]) -> Iterator[tuple[str, str, dict[str, 
             yield notation, name, changes | _clipping("exact", clipping)
 
 
+def _bert_smoothing() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for bits in BERT_EQUAL_BITS:
+        for clipping in ("max", "octav"):
+            for smoothed, batches in {"": 0, ", smoothed": SMOOTHING_BATCHES}.items():
+                changes = {"quant.notation": bits, "calibration.smoothing_batches": batches}
+                yield bits, f"{clipping}{smoothed}", changes | _clipping(clipping, clipping)
+
+
 def _bert_calibrators() -> Iterator[tuple[str, str, dict[str, Any]]]:
     return _bert_calibrated(BERT_EQUAL_BITS)
 
@@ -236,6 +247,7 @@ TABLES = {
     "bert_vectors": _bert_vectors,
     "bert_scales": _bert_scales,
     "bert_rounding": _bert_rounding,
+    "bert_smoothing": _bert_smoothing,
 }
 
 

@@ -119,6 +119,8 @@ def train(config: ConfigDict, folder: Workdir, started: float) -> dict[str, Any]
         model = build.quantised_model(config)
         check_shards(model, examples)
 
+        if config.quant.smoothing_batches:
+            qj.smooth(model, tasks.training_inputs(task, config, config.quant.smoothing_batches))
         if config.quant.static_batches:
             qj.calibrate(model, tasks.training_inputs(task, config, config.quant.static_batches))
         if config.quant.carried:

@@ -10,10 +10,11 @@ from flax import nnx
 
 from qat_jax.integer.model import IntegerOp, PackedOp
 from qat_jax.integer.packed import unpack
-from qat_jax.nnx import layer_sites, operand_codes, operand_quantizers
+from qat_jax.nnx import Factors, layer_sites, operand_codes, operand_quantizers
 from qat_jax.quantizer import QTensor, Quantizer
 
 _COARSE_BITS = 32
+_FACTOR_BITS = 8  # of the exponent, which is all of a power of two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,4 +131,9 @@ def model_storage(model: nnx.Module, *inputs: Any) -> Storage:
         for key, x in parameters.items()
         if key in in_float or key not in quantised
     ]
-    return sum([*kernels.values(), *as_they_are], Storage(0, 0))
+    factors = [
+        Storage(0, _FACTOR_BITS * x.size)
+        for _, x in nnx.iter_graph(model)
+        if isinstance(x, Factors)
+    ]
+    return sum([*kernels.values(), *as_they_are, *factors], Storage(0, 0))

@@ -2,9 +2,10 @@
 
 An array is stored under the path of its parameter. A quantised kernel ``"conv1/weights"`` is three
 arrays: ``"conv1/weights.codes"`` and ``".scale"``, dense streams of bits (see `qat_jax.integer`),
-and ``".coarse"`` where there is one; a frozen threshold is ``"conv1/activations.threshold"``. The
-metadata has, as JSON under ``"qat_jax"``, what is needed to read them: for each kernel its shape,
-format and groups, and for each layer its quantisers. `docs/read_packed.py` is a reader.
+and ``".coarse"`` where there is one; a frozen threshold is ``"conv1/activations.threshold"``, and
+``"conv1/activations.factors"`` is what the features of a smoothed input are multiplied with first.
+The metadata has, as JSON under ``"qat_jax"``, what is needed to read them: for each kernel its
+shape, format and groups, and for each layer its quantisers. `docs/read_packed.py` is a reader.
 """
 
 import json
@@ -25,6 +26,7 @@ from qat_jax.integer.model import Packed, PackedKernel, PackedOp, install_kernel
 from qat_jax.integer.packed import PackedTensor
 from qat_jax.nnx import (
     Carried,
+    Factors,
     LayerSite,
     OperandQuantizer,
     Threshold,
@@ -39,6 +41,7 @@ VERSION = 1
 _KEY = "qat_jax"
 _WHAT = "packed model"
 _PARTS = ("codes", "scale", "coarse")
+_OF_OPERANDS: dict[str, type[nnx.Variable]] = {"threshold": Threshold, "factors": Factors}
 
 
 def save_packed(model: nnx.Module, path: str | Path) -> None:
@@ -55,8 +58,9 @@ def save_packed(model: nnx.Module, path: str | Path) -> None:
     """
     arrays = {name: np.asarray(variable.get_value()) for name, variable in _others(model)}
     for name, quantizer in operand_quantizers(model).items():
-        if quantizer.threshold is not None:
-            arrays[f"{name}.threshold"] = np.asarray(quantizer.threshold.get_value())
+        for part in _OF_OPERANDS:
+            if (variable := getattr(quantizer, part)) is not None:
+                arrays[f"{name}.{part}"] = np.asarray(variable.get_value())
     kernels = {}
     for site in layer_sites(model):
         if not isinstance(site.installed, PackedOp):
@@ -125,8 +129,9 @@ def load_packed(model: nnx.Module, path: str | Path) -> nnx.Module:
             # A layer that was told no dtype computes in what its kernel and its input call for.
             site.layer.kernel = site.layer.kernel.replace(jnp.zeros((0,), packed.dtype))
     for name, quantizer in quantizers.items():
-        if (threshold := arrays.pop(f"{name}.threshold", None)) is not None:
-            quantizer.threshold = Threshold(jnp.asarray(threshold))
+        for part, kind in _OF_OPERANDS.items():
+            if (array := arrays.pop(f"{name}.{part}", None)) is not None:
+                setattr(quantizer, part, kind(jnp.asarray(array)))
     _drop_carried(model, arrays)
     others = dict(_others(model))
     if wrong := sorted(others.keys() ^ arrays.keys()):
@@ -175,8 +180,8 @@ def _plain(array: np.ndarray) -> np.ndarray:
 
 
 def _others(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
-    """What is neither packed nor a threshold nor the state of a random number generator."""
-    elsewhere = Packed | Threshold | Carried | nnx.RngState
+    """What is neither packed nor of a quantiser nor the state of a random number generator."""
+    elsewhere = Packed | Factors | Threshold | Carried | nnx.RngState
     for path, node in nnx.iter_graph(model):
         if not isinstance(node, nnx.Variable) or isinstance(node, elsewhere):
             continue

@@ -8,7 +8,7 @@ from flax import nnx
 
 from qat_jax.diagnostics import fake_quant_with_diagnostics
 from qat_jax.display import DescribedQuantizer
-from qat_jax.granularity import ChannelAxis, VectorAxis
+from qat_jax.granularity import ChannelAxis, VectorAxis, normalize_axes
 from qat_jax.padding import TOKENS, without_padding
 from qat_jax.quantizer import QTensor, Quantizer, fake_quant, quantize
 
@@ -39,6 +39,17 @@ class Operand(nnx.Variable):
     """The type under which quantisers sow their operand as it reaches them, without padding."""
 
 
+class Magnitude(nnx.Variable):
+    """The type under which quantisers sow the largest magnitude of each feature of their operand.
+
+    A forward pass that is captured with it quantises nothing: see `smoothing`.
+    """
+
+
+class Factors(nnx.Variable):
+    """What the features of an operand are multiplied with: state, and no parameter."""
+
+
 class Threshold(nnx.Variable):
     """Thresholds that were frozen into the model: part of its state, and no parameter."""
 
@@ -53,6 +64,7 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
     Attributes:
       quantizer: the description (static).
       token_axes: the operand's axes of examples and of positions, if it can have padding (static).
+      factors: of features, multiplied with before anything else (see `smoothing`); None: all 1.
       threshold: thresholds found before (see `calibration`); None: found in each call.
       carried: where training begins to search for them; None: from nothing.
       deterministic: whether thresholds found depend on the operand alone, as in evaluation, where
@@ -62,21 +74,26 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
     def __init__(self, quantizer: Quantizer, token_axes: tuple[int, int] | None = TOKENS) -> None:
         self.quantizer = quantizer
         self.token_axes = token_axes
+        self.factors: Factors | None = nnx.data(None)
         self.threshold: Threshold | None = nnx.data(None)
         self.carried: Carried | None = nnx.data(None)
         self.deterministic = False
 
     def _words(self) -> str:
-        return super()._words() + (" frozen" if self.threshold is not None else "")
+        smooth = " smoothed" if self.factors is not None else ""
+        return super()._words() + smooth + (" frozen" if self.threshold is not None else "")
 
     def __call__(
         self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
     ) -> jax.Array:
         """Fake quantisation of x."""
-        x = without_padding(x, self.token_axes)
+        x = self._given(x, vector_axis)
         axes: dict[str, Any] = {"channel_axis": channel_axis, "vector_axis": vector_axis}
         if _captures(self, Operand):
             self.sow(Operand, "operand", x)
+        if _captures(self, Magnitude):
+            self.sow(Magnitude, "magnitudes", _magnitudes(x, vector_axis))
+            return x
         if _captures(self, Candidate):
             self.sow(Candidate, "candidates", self.quantizer.threshold(x, **axes))
             return x
@@ -95,6 +112,17 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
         self.sow(Diagnostic, "diagnostics", diagnostics)
         return x
 
+    def _given(self, x: jax.Array, vector_axis: VectorAxis) -> jax.Array:
+        """What there is to quantise."""
+        return self.smoothed(without_padding(x, self.token_axes), vector_axis)
+
+    def smoothed(self, x: jax.Array, vector_axis: VectorAxis) -> jax.Array:
+        """The features of x times their factors (see `smoothing`); the axis is that of vectors."""
+        if self.factors is None:
+            return x
+        factors = self.factors.get_value().astype(x.dtype)
+        return x * jnp.expand_dims(factors, _other_axes(x, vector_axis))
+
     def _found(self, x: jax.Array, channel_axis: ChannelAxis, vector_axis: VectorAxis) -> jax.Array:
         """Thresholds of x; those of training are carried to the next step."""
         if self.carried is None or self.deterministic:
@@ -110,12 +138,22 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
     ) -> QTensor:
         """Codes and scales of what a call makes of x; not differentiable."""
         return quantize(
-            without_padding(x, self.token_axes),
+            self._given(x, vector_axis),
             self.quantizer,
             channel_axis=channel_axis,
             vector_axis=vector_axis,
             threshold=None if self.threshold is None else self.threshold.get_value(),
         )
+
+
+def _magnitudes(x: jax.Array, vector_axis: VectorAxis) -> jax.Array:
+    return jnp.max(jnp.abs(x), axis=_other_axes(x, vector_axis), initial=0)
+
+
+def _other_axes(x: jax.Array, vector_axis: VectorAxis) -> tuple[int, ...]:
+    """All axes but that of the features: the one along which vectors lie."""
+    features = () if vector_axis is None else normalize_axes(vector_axis, x.ndim)
+    return tuple(axis for axis in range(x.ndim) if axis not in features)
 
 
 def _captures(module: nnx.Module, kind: type[nnx.Variable]) -> bool:

@@ -116,6 +116,17 @@ def test_a_network_trained_by_a_policy_file_needs_it_no_more(tmp_path):
     assert quantizer == qj.preset("vsquant-4/4/4/6").rules[0].activations
 
 
+def test_a_network_trained_smoothed_has_its_factors(tmp_path):
+    arguments = ["train", "--config=configs/digits.py:bits=4", f"--workdir={tmp_path / 'run'}"]
+    arguments += ["--config.model.width=8", "--config.total_epochs=0.1", "--config.batch_size=64"]
+    arguments += ["--config.quant.smoothing_batches=1"]
+    assert cli.main(train.run, train.__doc__, arguments) == 0
+    model, _ = export.packed_model(tmp_path / "run")
+    quantizers = qj.operand_quantizers(model).items()
+    factors = [x.factors[...] for path, x in quantizers if path.endswith("/activations")]
+    assert any((found != 1).any() for found in factors)
+
+
 @pytest.mark.parametrize("static", [0, 1])
 def test_a_network_trained_in_shards_is_packed_from_as_many_examples(tmp_path, static):
     arguments = ["train", "--config=configs/digits.py:bits=4", f"--workdir={tmp_path / 'run'}"]

@@ -249,5 +249,15 @@ def test_kernels_are_rounded_by_training_examples(tmp_path, weights):
     assert float(metrics["diagnostics"]["layer1/0/conv1/weights"]["sqnr_db"]) > 90
 
 
+def test_outliers_move_into_kernels_before_thresholds_are_frozen(tmp_path, weights):
+    changes = ["--config.calibration.smoothing_batches=1", "--config.calibration.batches=1"]
+    assert cli.main(ptq.run, ptq.__doc__, command(tmp_path / "x", weights, *changes)) == 0
+    packed = load_file(tmp_path / "x" / "packed.safetensors")
+    factors = np.concatenate([x for name, x in packed.items() if name.endswith(".factors")])
+    assert (factors != 1).any()
+    assert (np.log2(factors) % 1 == 0).all()
+    assert "conv1/activations.threshold" in packed
+
+
 def test_every_table_has_a_figure():
     assert ptq_figures.TITLES.keys() == ptq_tables.TABLES.keys()

@@ -367,6 +367,7 @@ def test_configs_are_complete(name):
         "policy": None,
         "notation": "",
         "shards": 1,
+        "smoothing_batches": 0,
         "static_batches": 0,
         "carried": False,
         "weight_bits": 3,

@@ -277,6 +277,17 @@ def test_the_sign_of_an_activation_is_that_of_all_runs_of_its_layer():
     np.testing.assert_allclose(found, run(quantised(True), x), atol=2e-5)
 
 
+@pytest.mark.parametrize("policy", ["max-w8a8", "vsquant-4/4U/4/6"])
+def test_smoothed_inputs_are_computed_alike(policy):
+    model = qj.quantize_model(net(), policy)
+    inputs = INPUTS.at[..., 1].multiply(64)
+    qj.smooth(model, [inputs])
+    model = pack_model(model, inputs)
+    model.eval()
+    found, expected = in_runtime(to_onnx(model, inputs), inputs), run(model, inputs)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * jnp.abs(expected).max())
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_kernels_alone_are_multiplied_exactly(bits):
     """ONNX Runtime fuses the kernel of tokens and its scales with the product."""

@@ -8,6 +8,7 @@ codes is one pair of ONNX's operators.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,11 +50,18 @@ class TracedQuantizer:
     Args:
       quantizer: what it does, with integers that have a sign of their own, or none.
       threshold: frozen, or None.
+      smoothed: what comes before: see `OperandQuantizer.smoothed`.
     """
 
-    def __init__(self, quantizer: Quantizer, threshold: jax.Array | None) -> None:
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        threshold: jax.Array | None,
+        smoothed: Callable[[jax.Array, VectorAxis], jax.Array],
+    ) -> None:
         self.quantizer = quantizer
         self.threshold = threshold
+        self.smoothed = smoothed
 
     @classmethod
     def of(cls, operand: OperandQuantizer, path: str, *, negative: bool) -> "TracedQuantizer":
@@ -82,13 +90,13 @@ class TracedQuantizer:
             format = dataclasses.replace(quantizer.format, signed=negative)
             quantizer = dataclasses.replace(quantizer, format=format)
         threshold = None if operand.threshold is None else operand.threshold.get_value()
-        return cls(quantizer, threshold)
+        return cls(quantizer, threshold, operand.smoothed)
 
     def __call__(
         self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
     ) -> jax.Array:
         """Fake quantisation of x, as the primitive."""
-        quantizer = self.quantizer
+        quantizer, x = self.quantizer, self.smoothed(x, vector_axis)
         groups = quantizer.granularity.groups(x.ndim, channel_axis, vector_axis)
         if self.threshold is None:
             threshold = quantizer.threshold(x, channel_axis, vector_axis)

@@ -1,0 +1,178 @@
+"""Outliers of activations moved into kernels: SmoothQuant, by powers of two.
+
+Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
+Models" (arXiv:2211.10438). A feature of a layer's input is divided by a factor and its row of the
+kernel multiplied with it, so that one threshold serves all features better. The factors here are
+powers of two: in floating point nothing is rounded, the layer computes what it did bit for bit,
+and hardware shifts.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qat_jax.calibration import positional
+from qat_jax.nnx import (
+    Factors,
+    LayerSite,
+    Magnitude,
+    QuantizedOp,
+    captured_by_operand,
+    in_all_runs,
+    layer_sites,
+)
+from qat_jax.padding import keep_padding
+
+
+def smooth(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    operands: str = ".*",
+    strength: float = 0.5,
+) -> tuple[str, ...]:
+    """Move outliers of activations into kernels, in place, as sample batches suggest.
+
+    Feature j of a layer's input is divided by max|x_j|^strength / max|w_j|^(1 - strength)
+    (arXiv:2211.10438, equation 4), w_j being the part of the kernel that it meets, which is
+    multiplied with the same: here by the power of two next to that, after what the features of a
+    layer have in common is taken out. Without quantisers the model computes what it did, bit for
+    bit. Comes before thresholds are frozen or carried and before `gptq`. Smoothing again corrects
+    the factors.
+
+    Smoothed are dense layers and convolutions whose input and kernel are both quantised; those
+    that share a kernel, stacks of layers (``nnx.scan``), and convolutions of several feature groups
+    that are not depthwise are left.
+
+    Args:
+      model: a quantised NNX model, in either mode, which it keeps.
+      batches: inputs of the model, one a batch: arrays, or tuples of positional arguments.
+      operands: a regular expression; inputs whose whole path (``"layer1/0/conv1/activations"``) it
+        does not match are left.
+      strength: between 0, where only the kernels are evened out, and 1, where the inputs are.
+
+    Returns:
+      The paths of the inputs that are smoothed.
+
+    Raises:
+      ValueError: there is no batch, or no such input; one is not finite, or has thresholds that are
+        frozen or carried; ``strength`` is not between 0 and 1. The model is then unchanged.
+
+    Example:
+      >>> from qat_jax import quantize_model
+      >>> model = nnx.Sequential(nnx.Linear(2, 8, rngs=nnx.Rngs(0)))
+      >>> model = quantize_model(model, "max-w8a8")
+      >>> smooth(model, [jnp.array([[1.0, 64.0]])])
+      ('layers/0/activations',)
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength lies between 0 and 1, unlike {strength!r}")
+    sites = {site.activations: site for site in _smoothable(model)}
+    chosen = {path: site for path, site in sites.items() if re.fullmatch(operands, path)}
+    if not chosen:
+        raise ValueError(
+            f"no input to smooth matches {operands!r}: there are "
+            f"{', '.join(sites) or 'none, quantise inputs and kernels of layers first'}"
+        )
+    for path, site in chosen.items():
+        for operand in (site.installed.activations, site.installed.weights):
+            if operand.threshold is not None or operand.carried is not None:
+                raise ValueError(f"{path} has thresholds already: smooth the model before")
+    magnitudes = _magnitudes(model, batches)
+    factors: dict[str, np.ndarray] = {}
+    for path, site in chosen.items():
+        if runs := in_all_runs(magnitudes, path):
+            largest = np.max([np.asarray(run, np.float64) for run in runs], axis=0)
+            factors[path] = _factors(largest, site, strength)
+    if not factors:
+        raise ValueError(f"no layer whose input matches {operands!r} runs in evaluation")
+    for path, found in factors.items():
+        _apply(chosen[path], found)
+    return tuple(factors)
+
+
+def _smoothable(model: nnx.Module) -> list[LayerSite]:
+    sites = [site for site in layer_sites(model) if isinstance(site.installed, QuantizedOp)]
+    shared = Counter(id(site.layer.kernel) for site in sites)
+    return [
+        site
+        for site in sites
+        if site.installed.activations is not None
+        and site.installed.weights is not None
+        and site.layer.kernel.get_value().ndim == site.kernel_rank
+        and shared[id(site.layer.kernel)] == 1
+        and _input_axis(site) is not None
+    ]
+
+
+def _input_axis(site: LayerSite) -> int | None:
+    """The axis of the kernel along which the smoothed features lie, or None."""
+    match site.layer:
+        case nnx.Linear():
+            return 0
+        case nnx.LinearGeneral(batch_axis=batch, in_features=inputs):
+            return len(batch) + len(inputs) - 1
+        case nnx.Conv(feature_group_count=1):
+            return site.kernel_rank - 2
+        case nnx.Conv() if site.layer.kernel.get_value().shape[-2] == 1:  # depthwise
+            return site.kernel_rank - 1
+    return None
+
+
+def _magnitudes(model: nnx.Module, batches: Iterable[Any]) -> dict[str, np.ndarray]:
+    """The largest magnitude of each feature of each operand, in all batches."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def observe(state: nnx.State, *inputs: Any) -> dict[str, jax.Array]:
+        copy = nnx.merge(graphdef, state)
+        copy.eval()
+        with keep_padding():
+            _, captured = nnx.capture(copy, Magnitude)(*inputs)
+        return captured_by_operand(captured)
+
+    total: dict[str, np.ndarray] = {}
+    for batch in positional(batches):
+        found = {path: np.asarray(value) for path, value in observe(state, *batch).items()}
+        total = {path: np.maximum(value, total.get(path, 0)) for path, value in found.items()}
+    if not total:
+        raise ValueError("no batch to smooth by: give at least one")
+    return total
+
+
+def _factors(largest: np.ndarray, site: LayerSite, strength: float) -> np.ndarray:
+    """What each feature is divided by."""
+    if not np.isfinite(largest).all():
+        raise ValueError(
+            f"{site.activations} is not finite: look for NaN or infinity in the batches, or in "
+            "what the model makes of them"
+        )
+    kernel = np.abs(np.asarray(site.layer.kernel.get_value(), np.float64))
+    axis = _input_axis(site)
+    of_kernel = kernel.max(axis=tuple(a for a in range(kernel.ndim) if a != axis))
+    if isinstance(site.layer, nnx.Conv) and axis == kernel.ndim - 1:
+        # Depthwise: several outputs of a feature lie side by side.
+        of_kernel = of_kernel.reshape(largest.size, -1).max(axis=1)
+    used = (largest > 0) & (of_kernel > 0)  # the others have nothing to even out
+    ratio = np.where(used, largest, 1) ** strength / np.where(used, of_kernel, 1) ** (1 - strength)
+    exponents = np.log2(ratio)
+    # A factor common to all says nothing: without it kernels stay as large as they were.
+    exponents -= exponents[used].mean() if used.any() else 0
+    return np.where(used, 2.0 ** np.round(exponents), 1)
+
+
+def _apply(site: LayerSite, factors: np.ndarray) -> None:
+    quantizer, kernel = site.installed.activations, site.layer.kernel
+    old = kernel.get_value()
+    axis = _input_axis(site)
+    per_row = np.repeat(factors, old.shape[axis] // factors.size)
+    shape = [-1 if a == axis else 1 for a in range(old.ndim)]
+    kernel.set_value(old * per_row.reshape(shape).astype(old.dtype))
+    before = 1 if quantizer.factors is None else quantizer.factors.get_value()
+    quantizer.factors = Factors(jnp.asarray(before / factors, jnp.float32))
