@@ -10,7 +10,7 @@ and hardware shifts.
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,46 +73,70 @@ def smooth(
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength lies between 0 and 1, unlike {strength!r}")
-    sites = {site.activations: site for site in _smoothable(model)}
-    chosen = {path: site for path, site in sites.items() if re.fullmatch(operands, path)}
+    inputs = _smoothable(model)
+    chosen = {path: found for path, found in inputs.items() if re.fullmatch(operands, path)}
     if not chosen:
         raise ValueError(
             f"no input to smooth matches {operands!r}: there are "
-            f"{', '.join(sites) or 'none, quantise inputs and kernels of layers first'}"
+            f"{', '.join(inputs) or 'none, quantise inputs and kernels of layers first'}"
         )
-    for path, site in chosen.items():
-        for operand in (site.installed.activations, site.installed.weights):
+    for path, (op, _, _) in chosen.items():
+        for operand in (op.activations, op.weights):
             if operand.threshold is not None or operand.carried is not None:
                 raise ValueError(f"{path} has thresholds already: smooth the model before")
     magnitudes = _magnitudes(model, batches)
     factors: dict[str, np.ndarray] = {}
-    for path, site in chosen.items():
+    for path, found in chosen.items():
         if runs := in_all_runs(magnitudes, path):
-            largest = np.max([np.asarray(run, np.float64) for run in runs], axis=0)
-            factors[path] = _factors(largest, site, strength)
+            largest = np.max(np.asarray(runs, np.float64), axis=0)
+            if not np.isfinite(largest).all():
+                raise ValueError(
+                    f"{path} is not finite: look for NaN or infinity in the batches, or in what "
+                    "the model makes of them"
+                )
+            factors[path] = _factors(largest, found, strength)
     if not factors:
         raise ValueError(f"no layer whose input matches {operands!r} runs in evaluation")
-    for path, found in factors.items():
-        _apply(chosen[path], found)
+    for path, divisors in factors.items():
+        _divide(chosen[path], divisors)
     return tuple(factors)
 
 
-def _smoothable(model: nnx.Module) -> list[LayerSite]:
-    sites = [site for site in layer_sites(model) if isinstance(site.installed, QuantizedOp)]
-    shared = Counter(id(site.layer.kernel) for site in sites)
-    return [
-        site
-        for site in sites
-        if site.installed.activations is not None
-        and site.installed.weights is not None
-        and site.layer.kernel.get_value().ndim == site.kernel_rank
-        and shared[id(site.layer.kernel)] == 1
-        and _input_axis(site) is not None
-    ]
+class _Input(NamedTuple):
+    """The input of a layer, and the kernel that it meets.
+
+    Attributes:
+      op: the layer's operation.
+      kernel: the kernel.
+      axis: of the kernel, along which the features of the input lie.
+    """
+
+    op: Any
+    kernel: nnx.Variable
+    axis: int
+
+
+def _smoothable(model: nnx.Module) -> dict[str, _Input]:
+    """What can be smoothed, by the path of the input."""
+    owners = Counter(
+        id(value)
+        for _, node in nnx.iter_graph(model)
+        for value in getattr(node, "__dict__", {}).values()
+    )
+    found = {}
+    for site in layer_sites(model):
+        op = site.installed
+        if not isinstance(op, QuantizedOp) or op.activations is None or op.weights is None:
+            continue
+        kernel, axis = site.layer.kernel, _input_axis(site)
+        of_one_layer = kernel.get_value().ndim == site.kernel_rank and owners[id(kernel)] == 1
+        if axis is not None and of_one_layer:
+            found[site.activations] = _Input(op, kernel, axis)
+    return found
 
 
 def _input_axis(site: LayerSite) -> int | None:
-    """The axis of the kernel along which the smoothed features lie, or None."""
+    """The axis of the kernel along which the features of the input lie, or None."""
     match site.layer:
         case nnx.Linear():
             return 0
@@ -120,8 +144,8 @@ def _input_axis(site: LayerSite) -> int | None:
             return len(batch) + len(inputs) - 1
         case nnx.Conv(feature_group_count=1):
             return site.kernel_rank - 2
-        case nnx.Conv() if site.layer.kernel.get_value().shape[-2] == 1:  # depthwise
-            return site.kernel_rank - 1
+        case nnx.Conv() if site.layer.kernel.get_value().shape[-2] == 1:
+            return site.kernel_rank - 1  # depthwise: the outputs of a feature lie side by side
     return None
 
 
@@ -146,33 +170,25 @@ def _magnitudes(model: nnx.Module, batches: Iterable[Any]) -> dict[str, np.ndarr
     return total
 
 
-def _factors(largest: np.ndarray, site: LayerSite, strength: float) -> np.ndarray:
-    """What each feature is divided by."""
-    if not np.isfinite(largest).all():
-        raise ValueError(
-            f"{site.activations} is not finite: look for NaN or infinity in the batches, or in "
-            "what the model makes of them"
-        )
-    kernel = np.abs(np.asarray(site.layer.kernel.get_value(), np.float64))
-    axis = _input_axis(site)
-    of_kernel = kernel.max(axis=tuple(a for a in range(kernel.ndim) if a != axis))
-    if isinstance(site.layer, nnx.Conv) and axis == kernel.ndim - 1:
-        # Depthwise: several outputs of a feature lie side by side.
-        of_kernel = of_kernel.reshape(largest.size, -1).max(axis=1)
+def _factors(largest: np.ndarray, found: _Input, strength: float) -> np.ndarray:
+    """What each feature is divided by, given its largest magnitude."""
+    kernel = found.kernel.get_value()
+    others = tuple(axis for axis in range(kernel.ndim) if axis != found.axis)
+    of_kernel = np.asarray(jnp.max(jnp.abs(kernel), axis=others), np.float64)
+    of_kernel = of_kernel.reshape(largest.size, -1).max(axis=1)
     used = (largest > 0) & (of_kernel > 0)  # the others have nothing to even out
     ratio = np.where(used, largest, 1) ** strength / np.where(used, of_kernel, 1) ** (1 - strength)
     exponents = np.log2(ratio)
-    # A factor common to all says nothing: without it kernels stay as large as they were.
+    # What is common to all says nothing: without it kernels stay as large as they were.
     exponents -= exponents[used].mean() if used.any() else 0
     return np.where(used, 2.0 ** np.round(exponents), 1)
 
 
-def _apply(site: LayerSite, factors: np.ndarray) -> None:
-    quantizer, kernel = site.installed.activations, site.layer.kernel
-    old = kernel.get_value()
-    axis = _input_axis(site)
-    per_row = np.repeat(factors, old.shape[axis] // factors.size)
-    shape = [-1 if a == axis else 1 for a in range(old.ndim)]
-    kernel.set_value(old * per_row.reshape(shape).astype(old.dtype))
+def _divide(found: _Input, divisors: np.ndarray) -> None:
+    kernel = found.kernel.get_value()
+    rows = np.repeat(divisors, kernel.shape[found.axis] // divisors.size)
+    rows = np.expand_dims(rows, [axis for axis in range(kernel.ndim) if axis != found.axis])
+    found.kernel.set_value(kernel * rows.astype(kernel.dtype))
+    quantizer = found.op.activations
     before = 1 if quantizer.factors is None else quantizer.factors.get_value()
-    quantizer.factors = Factors(jnp.asarray(before / factors, jnp.float32))
+    quantizer.factors = Factors(jnp.asarray(before / divisors, jnp.float32))

@@ -129,9 +129,11 @@ def test_what_shares_a_kernel_or_is_in_float_is_left():
                 nnx.Linear(4, 4, rngs=rngs) for _ in range(4)
             )
             self.second.kernel = self.first.kernel
+            self.fifth = nnx.Linear(4, 4, rngs=rngs)
+            self.mirror = nnx.Dict(kernel=self.fifth.kernel)  # somebody else's, no layer's
 
         def __call__(self, x):
-            return self.fourth(self.third(self.second(self.first(x))))
+            return self.fifth(self.fourth(self.third(self.second(self.first(x)))))
 
     w8 = qj.Quantizer(qj.Int(8))
     policy = qj.Policy([qj.Rule("third", weights=w8), qj.Rule(".*", weights=w8, activations=w8)])
