@@ -31,6 +31,7 @@ TITLES = {
     "order": "which scale is found first, and what codes come from",
     "batch_norm": "clipping of the weights, batch norms as they were or re-estimated",
     "rounding": "kernels rounded to the nearest or by GPTQ",
+    "smoothing": "outliers of activations moved into kernels or not, kernels rounded by GPTQ or not",
     "depthwise": "what depthwise layers need",
     "bert_calibrators": "static thresholds by calibrator, one scale an output feature or layer",
     "bert_weight_calibrators": "static thresholds by calibrator, activations at 8 bits",
@@ -41,7 +42,10 @@ TITLES = {
     "bert_scales": "bits of the scales of weights / activations, vectors of 16",
 }
 # Lines go over their rows.
-_FEW_COLUMNS = ("vectors", "bert_vectors", "rounding", "bert_rounding", "bert_smoothing")
+_FEW_COLUMNS = (
+    *("vectors", "rounding", "smoothing"),
+    *("bert_vectors", "bert_rounding", "bert_smoothing"),
+)
 _TICKS = (-2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 80)
 
 

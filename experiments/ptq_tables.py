@@ -16,6 +16,7 @@ the end DIR gets result.json.
     order        which scale is found first, and what the codes come from
     batch_norm   what re-estimating batch norms after quantisation gives back
     rounding     kernels rounded to the nearest or by GPTQ
+    smoothing    outliers of activations moved into kernels, or not, and either rounded by GPTQ
     depthwise    what the layers of one input feature need: MobileNet with
                  --config.fold_batch_norm=False, since batch norms are re-estimated
     bert_calibrators, bert_vectors, bert_scales
@@ -174,6 +175,19 @@ def _rounded(activations: dict[str, str]) -> Iterator[tuple[str, str, dict[str, 
             yield notation, name, changes | _clipping("exact", clipping)
 
 
+def _smoothing() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    layers = dict.fromkeys(("3/3U", "4/4U", "4/8U"), "octav")
+    for notation, clipping in (layers | {"3/3U/4/6": "max", "4/4U/4/6": "max"}).items():
+        for smoothed, batches in {"as they are": 0, "smoothed": SMOOTHING_BATCHES}.items():
+            for rounded, gptq_batches in {"": 0, ", GPTQ": GPTQ_BATCHES}.items():
+                changes = {
+                    "quant.notation": notation,
+                    "calibration.smoothing_batches": batches,
+                    "calibration.gptq_batches": gptq_batches,
+                }
+                yield notation, f"{smoothed}{rounded}", changes | _clipping("exact", clipping)
+
+
 def _bert_smoothing() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for bits in BERT_EQUAL_BITS:
         for clipping in ("max", "octav"):
@@ -240,6 +254,7 @@ TABLES = {
     "order": _order,
     "batch_norm": _batch_norm,
     "rounding": _rounding,
+    "smoothing": _smoothing,
     "depthwise": _depthwise,
     "bert_calibrators": _bert_calibrators,
     "bert_weight_calibrators": _bert_weight_calibrators,
