@@ -31,7 +31,7 @@ TITLES = {
     "order": "which scale is found first, and what codes come from",
     "batch_norm": "clipping of the weights, batch norms as they were or re-estimated",
     "rounding": "kernels rounded to the nearest or by GPTQ",
-    "smoothing": "outliers of activations moved into kernels or not, kernels rounded by GPTQ or not",
+    "smoothing": "outliers of activations moved into kernels or not, rounded by GPTQ or not",
     "depthwise": "what depthwise layers need",
     "bert_calibrators": "static thresholds by calibrator, one scale an output feature or layer",
     "bert_weight_calibrators": "static thresholds by calibrator, activations at 8 bits",
