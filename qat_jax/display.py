@@ -35,6 +35,9 @@ class DescribedOperands:
 
     def __nnx_repr__(self) -> Iterator[reprlib.Object | reprlib.Attr]:
         yield reprlib.Object(type(self))
+        if (factors := getattr(self, "factors", None)) is not None:
+            words = f"of {factors.size} features, see smooth"
+            yield reprlib.Attr("factors", words, use_raw_value=True)
         for name in _OPERANDS:
             operand = getattr(self, name)
             in_float = operand is None

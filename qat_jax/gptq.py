@@ -24,7 +24,14 @@ from jax import lax
 from qat_jax import ops
 from qat_jax.calibration import joined, positional
 from qat_jax.formats import Format
-from qat_jax.nnx import LayerSite, QuantizedOp, Threshold, copy_model, layer_sites
+from qat_jax.nnx import (
+    LayerSite,
+    QuantizedOp,
+    Threshold,
+    copy_model,
+    layer_sites,
+    with_factors,
+)
 from qat_jax.quantizer import quantize
 from qat_jax.scales import reciprocal
 
@@ -140,7 +147,8 @@ class _RoundingOp(nnx.Module):
 
         given = inspect.signature(self.own.op).bind(x, w, *args, **kwargs)
         given.apply_defaults()
-        given.arguments.update(lhs=self.own.activations, rhs=seen)
+        lhs = with_factors(self.own.factors, self.own.activations)
+        given.arguments.update(lhs=lhs, rhs=seen)
         unfolding = _UNFOLDED[self.own.op](**given.arguments)
         if self.kernel is None:
             self.kernel = self._rounded(w, axes, unfolding)

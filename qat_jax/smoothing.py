@@ -189,6 +189,5 @@ def _divide(found: _Input, divisors: np.ndarray) -> None:
     rows = np.repeat(divisors, kernel.shape[found.axis] // divisors.size)
     rows = np.expand_dims(rows, [axis for axis in range(kernel.ndim) if axis != found.axis])
     found.kernel.set_value(kernel * rows.astype(kernel.dtype))
-    quantizer = found.op.activations
-    before = 1 if quantizer.factors is None else quantizer.factors.get_value()
-    quantizer.factors = Factors(jnp.asarray(before / divisors, jnp.float32))
+    before = 1 if found.op.factors is None else found.op.factors.get_value()
+    found.op.factors = Factors(jnp.asarray(before / divisors, jnp.float32))

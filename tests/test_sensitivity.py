@@ -206,3 +206,16 @@ def test_carried_thresholds_are_left_behind():
     switched = with_switches(model)
     (found,) = losses_of(switched, loss, [dict.fromkeys(qj.operand_quantizers(model), OWN)], IMAGES)
     assert np.isfinite(found)
+
+
+def test_smoothed_layers_stay_so_whatever_quantises_them():
+    model = qj.quantize_model(RESNET, "octav-w3a3")
+    inputs = IMAGES.at[:, :2].multiply(50)
+    qj.smooth(model, [inputs])
+    model.eval()
+    other = qj.Quantizer(qj.Int(3, narrow=True), qj.PerTensor(), qj.AbsMax())
+    switched = with_switches(model, {"layer1/0/conv1/activations": [other]})
+    operands = dict.fromkeys(qj.operand_quantizers(model), OWN)
+    in_float, own = losses_of(switched, loss, [{}, operands], inputs)
+    assert in_float == pytest.approx(plainly(RESNET, [], inputs), rel=1e-5)
+    assert own == pytest.approx(float(jax.jit(loss)(model, inputs)), rel=1e-5)

@@ -41,7 +41,6 @@ VERSION = 1
 _KEY = "qat_jax"
 _WHAT = "packed model"
 _PARTS = ("codes", "scale", "coarse")
-_OF_OPERANDS: dict[str, type[nnx.Variable]] = {"threshold": Threshold, "factors": Factors}
 
 
 def save_packed(model: nnx.Module, path: str | Path) -> None:
@@ -58,13 +57,14 @@ def save_packed(model: nnx.Module, path: str | Path) -> None:
     """
     arrays = {name: np.asarray(variable.get_value()) for name, variable in _others(model)}
     for name, quantizer in operand_quantizers(model).items():
-        for part in _OF_OPERANDS:
-            if (variable := getattr(quantizer, part)) is not None:
-                arrays[f"{name}.{part}"] = np.asarray(variable.get_value())
+        if quantizer.threshold is not None:
+            arrays[f"{name}.threshold"] = np.asarray(quantizer.threshold.get_value())
     kernels = {}
     for site in layer_sites(model):
         if not isinstance(site.installed, PackedOp):
             continue
+        if (factors := site.installed.factors) is not None:
+            arrays[f"{site.activations}.factors"] = np.asarray(factors.get_value())
         packed = site.installed.weights.packed
         if packed.groups.runs > 1:
             raise ValueError(
@@ -125,13 +125,14 @@ def load_packed(model: nnx.Module, path: str | Path) -> nnx.Module:
             _check_shape(path, site.weights, described["shape"], site.layer.kernel.get_value())
             _check_dtype(path, site, np.dtype(described["dtype"]))
             packed = _packed(site.weights, described, arrays)
+            if (factors := arrays.pop(f"{site.activations}.factors", None)) is not None:
+                site.installed.factors = Factors(jnp.asarray(factors))
             install_kernel(site, PackedKernel(packed, quantizers[site.weights].quantizer))
             # A layer that was told no dtype computes in what its kernel and its input call for.
             site.layer.kernel = site.layer.kernel.replace(jnp.zeros((0,), packed.dtype))
     for name, quantizer in quantizers.items():
-        for part, kind in _OF_OPERANDS.items():
-            if (array := arrays.pop(f"{name}.{part}", None)) is not None:
-                setattr(quantizer, part, kind(jnp.asarray(array)))
+        if (threshold := arrays.pop(f"{name}.threshold", None)) is not None:
+            quantizer.threshold = Threshold(jnp.asarray(threshold))
     _drop_carried(model, arrays)
     others = dict(_others(model))
     if wrong := sorted(others.keys() ^ arrays.keys()):

@@ -25,6 +25,7 @@ from qat_jax.nnx import (
     layer_sites,
     operand_codes,
     operand_quantizers,
+    with_factors,
 )
 from qat_jax.quantizer import QTensor, Quantizer, dequantize
 
@@ -70,19 +71,22 @@ class PackedOp(DescribedOperands, nnx.Module):
 
     Attributes:
       op: an operation of `qat_jax.ops` (static).
+      factors: of the left operand's features, before its quantiser; None: all 1.
       activations: quantiser of the left operand, or None.
       weights: the kernel; that of the layer is empty.
     """
 
     def __init__(self, op: QuantizedOp, kernel: PackedKernel) -> None:
         self.op = op.op
+        self.factors = nnx.data(op.factors)
         self.activations = op.activations
         self.weights = kernel
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """The operation, of the quantised input and the stored kernel."""
         kernel = dequantize(unpack(self.weights.packed))
-        return self.op(*with_kernel(self.op, args, kernel), lhs=self.activations, **kwargs)
+        lhs = with_factors(self.factors, self.activations)
+        return self.op(*with_kernel(self.op, args, kernel), lhs=lhs, **kwargs)
 
 
 class IntegerOp(DescribedOperands, nnx.Module):
@@ -91,6 +95,7 @@ class IntegerOp(DescribedOperands, nnx.Module):
     Attributes:
       op: an operation of `qat_jax.ops` (static).
       datapath: its widths (static).
+      factors: of the left operand's features, before its quantiser; None: all 1.
       activations: quantiser of the left operand.
       weights: the kernel; that of the layer is empty.
     """
@@ -98,6 +103,7 @@ class IntegerOp(DescribedOperands, nnx.Module):
     def __init__(self, op: PackedOp, activations: OperandQuantizer, datapath: Datapath) -> None:
         self.op = op.op
         self.datapath = datapath
+        self.factors = nnx.data(op.factors)
         self.activations = activations
         self.weights = op.weights
 
@@ -113,7 +119,7 @@ class IntegerOp(DescribedOperands, nnx.Module):
 
         y = _INTEGER_OPS[self.op](
             *with_kernel(self.op, args, kernel.codes),
-            lhs=_operand(self.activations),
+            lhs=with_factors(self.factors, _operand(self.activations)),
             rhs=stored,
             datapath=self.datapath,
             **{name: value for name, value in kwargs.items() if name not in _FLOAT_OPTIONS},

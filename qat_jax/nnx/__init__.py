@@ -21,14 +21,13 @@ from qat_jax.nnx.operand import (
     Carried,
     Codes,
     Diagnostic,
-    Factors,
     Magnitude,
     NonFinite,
     Operand,
     OperandQuantizer,
     Threshold,
 )
-from qat_jax.nnx.operations import QuantizedAttention, QuantizedOp
+from qat_jax.nnx.operations import Factors, QuantizedAttention, QuantizedOp, with_factors
 from qat_jax.nnx.sites import LayerSite, is_weight, layer_sites, operand_quantizers
 
 __all__ = [
@@ -55,4 +54,5 @@ __all__ = [
     "operand_quantizers",
     "quantize_model",
     "report",
+    "with_factors",
 ]

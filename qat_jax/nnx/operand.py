@@ -46,10 +46,6 @@ class Magnitude(nnx.Variable):
     """
 
 
-class Factors(nnx.Variable):
-    """What the features of an operand are multiplied with: state, and no parameter."""
-
-
 class Threshold(nnx.Variable):
     """Thresholds that were frozen into the model: part of its state, and no parameter."""
 
@@ -64,7 +60,6 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
     Attributes:
       quantizer: the description (static).
       token_axes: the operand's axes of examples and of positions, if it can have padding (static).
-      factors: of features, multiplied with before anything else (see `smoothing`); None: all 1.
       threshold: thresholds found before (see `calibration`); None: found in each call.
       carried: where training begins to search for them; None: from nothing.
       deterministic: whether thresholds found depend on the operand alone, as in evaluation, where
@@ -74,20 +69,18 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
     def __init__(self, quantizer: Quantizer, token_axes: tuple[int, int] | None = TOKENS) -> None:
         self.quantizer = quantizer
         self.token_axes = token_axes
-        self.factors: Factors | None = nnx.data(None)
         self.threshold: Threshold | None = nnx.data(None)
         self.carried: Carried | None = nnx.data(None)
         self.deterministic = False
 
     def _words(self) -> str:
-        smooth = " smoothed" if self.factors is not None else ""
-        return super()._words() + smooth + (" frozen" if self.threshold is not None else "")
+        return super()._words() + (" frozen" if self.threshold is not None else "")
 
     def __call__(
         self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
     ) -> jax.Array:
         """Fake quantisation of x."""
-        x = self._given(x, vector_axis)
+        x = without_padding(x, self.token_axes)
         axes: dict[str, Any] = {"channel_axis": channel_axis, "vector_axis": vector_axis}
         if _captures(self, Operand):
             self.sow(Operand, "operand", x)
@@ -112,17 +105,6 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
         self.sow(Diagnostic, "diagnostics", diagnostics)
         return x
 
-    def _given(self, x: jax.Array, vector_axis: VectorAxis) -> jax.Array:
-        """What there is to quantise."""
-        return self.smoothed(without_padding(x, self.token_axes), vector_axis)
-
-    def smoothed(self, x: jax.Array, vector_axis: VectorAxis) -> jax.Array:
-        """The features of x times their factors (see `smoothing`); the axis is that of vectors."""
-        if self.factors is None:
-            return x
-        factors = self.factors.get_value().astype(x.dtype)
-        return x * jnp.expand_dims(factors, _other_axes(x, vector_axis))
-
     def _found(self, x: jax.Array, channel_axis: ChannelAxis, vector_axis: VectorAxis) -> jax.Array:
         """Thresholds of x; those of training are carried to the next step."""
         if self.carried is None or self.deterministic:
@@ -138,7 +120,7 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
     ) -> QTensor:
         """Codes and scales of what a call makes of x; not differentiable."""
         return quantize(
-            self._given(x, vector_axis),
+            without_padding(x, self.token_axes),
             self.quantizer,
             channel_axis=channel_axis,
             vector_axis=vector_axis,
@@ -147,11 +129,11 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
 
 
 def _magnitudes(x: jax.Array, vector_axis: VectorAxis) -> jax.Array:
-    return jnp.max(jnp.abs(x), axis=_other_axes(x, vector_axis), initial=0)
+    return jnp.max(jnp.abs(x), axis=all_but_features(x, vector_axis), initial=0)
 
 
-def _other_axes(x: jax.Array, vector_axis: VectorAxis) -> tuple[int, ...]:
-    """All axes but that of the features: the one along which vectors lie."""
+def all_but_features(x: jax.Array, vector_axis: VectorAxis) -> tuple[int, ...]:
+    """The axes of an operand but the one along which vectors lie."""
     features = () if vector_axis is None else normalize_axes(vector_axis, x.ndim)
     return tuple(axis for axis in range(x.ndim) if axis not in features)
 

@@ -10,10 +10,15 @@ from flax.nnx.nn.attention import dot_product_attention_weights
 
 from qat_jax import ops
 from qat_jax.display import DescribedOperands
-from qat_jax.nnx.operand import OperandQuantizer
+from qat_jax.granularity import ChannelAxis, VectorAxis
+from qat_jax.nnx.operand import OperandQuantizer, all_but_features
 from qat_jax.padding import QUERIES, TOKENS
 from qat_jax.policy import Rule
 from qat_jax.quantizer import Quantizer
+
+
+class Factors(nnx.Variable):
+    """What the features of a layer's input are multiplied with: state, and no parameter."""
 
 
 class QuantizedOp(DescribedOperands, nnx.Module):
@@ -21,18 +26,34 @@ class QuantizedOp(DescribedOperands, nnx.Module):
 
     Attributes:
       op: an operation of ``ops`` (static).
+      factors: of the input's features, before its quantiser (see `smoothing`); None: all 1.
       activations: quantiser of the left operand, or None.
       weights: quantiser of the right operand, or None.
     """
 
     def __init__(self, op: Callable[..., jax.Array], rule: Rule) -> None:
         self.op = op
+        self.factors: Factors | None = nnx.data(None)
         self.activations = _operand(rule.activations)
         self.weights = _operand(rule.weights, None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """The operation, of quantised operands."""
-        return self.op(*args, lhs=self.activations, rhs=self.weights, **kwargs)
+        lhs = with_factors(self.factors, self.activations)
+        return self.op(*args, lhs=lhs, rhs=self.weights, **kwargs)
+
+
+def with_factors(factors: Factors | None, quantize: ops.QuantizeFn | None) -> ops.QuantizeFn | None:
+    """A quantiser whose operand's features are multiplied with factors first."""
+    if factors is None or quantize is None:
+        return quantize
+
+    def of_product(x: jax.Array, channel_axis: ChannelAxis, vector_axis: VectorAxis) -> Any:
+        per_feature = factors.get_value().astype(x.dtype)
+        x = x * jnp.expand_dims(per_feature, all_but_features(x, vector_axis))
+        return quantize(x, channel_axis, vector_axis)
+
+    return of_product
 
 
 class QuantizedPromotion(DescribedOperands, nnx.Module):

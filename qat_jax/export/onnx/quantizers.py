@@ -8,7 +8,6 @@ codes is one pair of ONNX's operators.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,6 +31,7 @@ from qat_jax.nnx import (
     layer_sites,
     operand_codes,
     operand_quantizers,
+    with_factors,
 )
 from qat_jax.quantizer import Quantizer
 from qat_jax.scales import E8M0
@@ -50,18 +50,11 @@ class TracedQuantizer:
     Args:
       quantizer: what it does, with integers that have a sign of their own, or none.
       threshold: frozen, or None.
-      smoothed: what comes before: see `OperandQuantizer.smoothed`.
     """
 
-    def __init__(
-        self,
-        quantizer: Quantizer,
-        threshold: jax.Array | None,
-        smoothed: Callable[[jax.Array, VectorAxis], jax.Array],
-    ) -> None:
+    def __init__(self, quantizer: Quantizer, threshold: jax.Array | None) -> None:
         self.quantizer = quantizer
         self.threshold = threshold
-        self.smoothed = smoothed
 
     @classmethod
     def of(cls, operand: OperandQuantizer, path: str, *, negative: bool) -> "TracedQuantizer":
@@ -90,13 +83,13 @@ class TracedQuantizer:
             format = dataclasses.replace(quantizer.format, signed=negative)
             quantizer = dataclasses.replace(quantizer, format=format)
         threshold = None if operand.threshold is None else operand.threshold.get_value()
-        return cls(quantizer, threshold, operand.smoothed)
+        return cls(quantizer, threshold)
 
     def __call__(
         self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
     ) -> jax.Array:
         """Fake quantisation of x, as the primitive."""
-        quantizer, x = self.quantizer, self.smoothed(x, vector_axis)
+        quantizer = self.quantizer
         groups = quantizer.granularity.groups(x.ndim, channel_axis, vector_axis)
         if self.threshold is None:
             threshold = quantizer.threshold(x, channel_axis, vector_axis)
@@ -210,13 +203,13 @@ class TracedOp(nnx.Module):
         self, op: PackedOp, activations: TracedQuantizer | None, kernel: StoredKernel
     ) -> None:
         self.op = op.op
-        self.activations = activations
+        self.lhs = nnx.static(with_factors(op.factors, activations))
         self.kernel = kernel
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """The operation, of the primitives."""
         kernel = stored_kernel_p.bind(kernel=self.kernel)
-        return self.op(*with_kernel(self.op, args, kernel), lhs=self.activations, **kwargs)
+        return self.op(*with_kernel(self.op, args, kernel), lhs=self.lhs, **kwargs)
 
 
 class TracedAttention(QuantizedAttention):
