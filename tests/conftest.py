@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Generator
 from importlib import metadata
@@ -31,6 +32,11 @@ hypothesis.settings.register_profile(
     "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("untimed")
+
+# A suite that was started in the background ignores Ctrl-C, as its mains do not (`cli.main`): tests
+# would differ by who started them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What one worker, or a main that a test starts, has compiled, the others need not: the variables
 # are inherited. An entry is as quick to read as it is small, so every one is kept.

@@ -181,7 +181,7 @@ def _plain(array: np.ndarray) -> np.ndarray:
 
 
 def _others(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
-    """What is neither packed nor of a quantiser nor the state of a random number generator."""
+    """What is neither packed nor of a quantised operation nor a random number generator's."""
     elsewhere = Packed | Factors | Threshold | Carried | nnx.RngState
     for path, node in nnx.iter_graph(model):
         if not isinstance(node, nnx.Variable) or isinstance(node, elsewhere):
