@@ -70,7 +70,7 @@ def _percents(rows: list[dict[str, str]], column: str | None = None) -> Percents
         if isinstance(notation.weight_scale, str) or isinstance(notation.activation_scale, str):
             continue
         name = str(dataclasses.replace(notation, unsigned=False))
-        percents = _best(percents, {name: _number(row, "accuracy_percent")})
+        percents[name] = max(percents.get(name, 0.0), _number(row, "accuracy_percent"))
     return percents
 
 

@@ -20,12 +20,11 @@ from qat_jax.nnx import (
     LayerSite,
     OperandQuantizer,
     Threshold,
-    captured_by_operand,
+    captured_in_evaluation,
     is_weight,
     layer_sites,
     operand_quantizers,
 )
-from qat_jax.padding import keep_padding
 
 
 def calibrate(
@@ -291,12 +290,9 @@ def _observer(model: nnx.Module) -> Callable[..., dict[str, jax.Array]]:
 
     @jax.jit
     def observe(state: nnx.State, *inputs: Any) -> dict[str, jax.Array]:
-        copy = nnx.merge(graphdef, state)
-        copy.eval()
-        with keep_padding():
-            _, captured = nnx.capture(copy, Candidate)(*inputs)
         runs: dict[str, list[jax.Array]] = {}
-        for name, candidate in captured_by_operand(captured).items():
+        candidates = captured_in_evaluation(graphdef, state, Candidate, *inputs)
+        for name, candidate in candidates.items():
             runs.setdefault(re.sub(r"/\d+$", "", name), []).append(candidate)
         return {name: _mean(found) for name, found in runs.items()}
 

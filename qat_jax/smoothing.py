@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from qat_jax import ops
 from qat_jax.calibration import positional
 from qat_jax.nnx import (
     Factors,
     LayerSite,
     Magnitude,
     QuantizedOp,
-    captured_by_operand,
+    captured_in_evaluation,
     in_all_runs,
     layer_sites,
 )
-from qat_jax.padding import keep_padding
 
 
 def smooth(
@@ -155,11 +155,7 @@ def _magnitudes(model: nnx.Module, batches: Iterable[Any]) -> dict[str, np.ndarr
 
     @jax.jit
     def observe(state: nnx.State, *inputs: Any) -> dict[str, jax.Array]:
-        copy = nnx.merge(graphdef, state)
-        copy.eval()
-        with keep_padding():
-            _, captured = nnx.capture(copy, Magnitude)(*inputs)
-        return captured_by_operand(captured)
+        return captured_in_evaluation(graphdef, state, Magnitude, *inputs)
 
     total: dict[str, np.ndarray] = {}
     for batch in positional(batches):
@@ -173,7 +169,7 @@ def _magnitudes(model: nnx.Module, batches: Iterable[Any]) -> dict[str, np.ndarr
 def _factors(largest: np.ndarray, found: _Input, strength: float) -> np.ndarray:
     """What each feature is divided by, given its largest magnitude."""
     kernel = found.kernel.get_value()
-    others = tuple(axis for axis in range(kernel.ndim) if axis != found.axis)
+    others = ops.other_axes((found.axis,), kernel.ndim)
     of_kernel = np.asarray(jnp.max(jnp.abs(kernel), axis=others), np.float64)
     of_kernel = of_kernel.reshape(largest.size, -1).max(axis=1)
     used = (largest > 0) & (of_kernel > 0)  # the others have nothing to even out
@@ -187,7 +183,7 @@ def _factors(largest: np.ndarray, found: _Input, strength: float) -> np.ndarray:
 def _divide(found: _Input, divisors: np.ndarray) -> None:
     kernel = found.kernel.get_value()
     rows = np.repeat(divisors, kernel.shape[found.axis] // divisors.size)
-    rows = np.expand_dims(rows, [axis for axis in range(kernel.ndim) if axis != found.axis])
+    rows = np.expand_dims(rows, ops.other_axes((found.axis,), kernel.ndim))
     found.kernel.set_value(kernel * rows.astype(kernel.dtype))
     before = 1 if found.op.factors is None else found.op.factors.get_value()
     found.op.factors = Factors(jnp.asarray(before / divisors, jnp.float32))

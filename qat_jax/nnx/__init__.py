@@ -11,6 +11,7 @@ What is injected are NNX modules themselves, so that quantisers can sow diagnost
 
 from qat_jax.nnx.captured import (
     captured_by_operand,
+    captured_in_evaluation,
     diagnostics_by_layer,
     in_all_runs,
     operand_codes,
@@ -45,6 +46,7 @@ __all__ = [
     "QuantizedOp",
     "Threshold",
     "captured_by_operand",
+    "captured_in_evaluation",
     "copy_model",
     "diagnostics_by_layer",
     "in_all_runs",

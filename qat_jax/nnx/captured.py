@@ -60,13 +60,21 @@ def captured_by_operand(captured: nnx.State, kind: type | None = None) -> dict[s
     return found
 
 
-def operand_codes(graphdef: nnx.GraphDef, state: nnx.State, *inputs: Any) -> dict[str, QTensor]:
-    """Every operand as it is quantised in a forward pass of the evaluation mode.
+def captured_in_evaluation(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    what: type[nnx.Variable],
+    *inputs: Any,
+    kind: type | None = None,
+) -> dict[str, Any]:
+    """What quantisers sow in a forward pass of the evaluation mode; can be traced.
 
     Args:
       graphdef: of a quantised model.
       state: of it.
-      *inputs: a batch for it.
+      what: the type under which they sow it.
+      *inputs: a batch for the model.
+      kind: as for `captured_by_operand`.
 
     Returns:
       By ``"path of the layer/operand"``.
@@ -74,8 +82,13 @@ def operand_codes(graphdef: nnx.GraphDef, state: nnx.State, *inputs: Any) -> dic
     model = nnx.merge(graphdef, state)
     model.eval()
     with keep_padding():
-        _, captured = nnx.capture(model, Codes)(*inputs)
-    return captured_by_operand(captured, QTensor)
+        _, captured = nnx.capture(model, what)(*inputs)
+    return captured_by_operand(captured, kind)
+
+
+def operand_codes(graphdef: nnx.GraphDef, state: nnx.State, *inputs: Any) -> dict[str, QTensor]:
+    """Every operand as it is quantised in evaluation: see `captured_in_evaluation`."""
+    return captured_in_evaluation(graphdef, state, Codes, *inputs, kind=QTensor)
 
 
 def in_all_runs(sown: Mapping[str, Sown], operand: str) -> list[Sown]:

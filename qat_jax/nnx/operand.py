@@ -9,6 +9,7 @@ from flax import nnx
 from qat_jax.diagnostics import fake_quant_with_diagnostics
 from qat_jax.display import DescribedQuantizer
 from qat_jax.granularity import ChannelAxis, VectorAxis, normalize_axes
+from qat_jax.ops import other_axes
 from qat_jax.padding import TOKENS, without_padding
 from qat_jax.quantizer import QTensor, Quantizer, fake_quant, quantize
 
@@ -135,7 +136,7 @@ def _magnitudes(x: jax.Array, vector_axis: VectorAxis) -> jax.Array:
 def all_but_features(x: jax.Array, vector_axis: VectorAxis) -> tuple[int, ...]:
     """The axes of an operand but the one along which vectors lie."""
     features = () if vector_axis is None else normalize_axes(vector_axis, x.ndim)
-    return tuple(axis for axis in range(x.ndim) if axis not in features)
+    return other_axes(features, x.ndim)
 
 
 def _captures(module: nnx.Module, kind: type[nnx.Variable]) -> bool:
