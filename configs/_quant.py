@@ -29,6 +29,7 @@ def quant_config(arg: str) -> ConfigDict:
     "scaling=static" finds all thresholds once, before the first step: the mean of what five batches
     suggest (arXiv:2206.06501, section 5). They are "dynamic" by default, found in every step;
     "carried" finds the same ones sooner, beginning where the search of the step before ended.
+    "learned" lets training change the static ones by their gradient (LSQ, arXiv:1902.08153).
 
     Args:
         arg: comma-separated `key=value`; a key that is not given has its default.
@@ -39,9 +40,9 @@ def quant_config(arg: str) -> ConfigDict:
     Example:
         >>> quant_config("bits=4,clipping=max").to_dict()
         {'activation_bits': 4, 'carried': False, 'clipping': 'max', 'diagnostics': False,
-         'edge_bits': 8, 'edge_clipping': 'max', 'gradient': 'mph', 'narrow': True, 'notation': '',
-         'policy': None, 'shards': 1, 'smoothing_batches': 0, 'static_batches': 0,
-         'weight_bits': 4}
+         'edge_bits': 8, 'edge_clipping': 'max', 'gradient': 'mph', 'learned': False,
+         'narrow': True, 'notation': '', 'policy': None, 'shards': 1, 'smoothing_batches': 0,
+         'static_batches': 0, 'weight_bits': 4}
     """
     values = dict(DEFAULTS)
     parts = [] if arg == "float" else [part for part in arg.split(",") if part]
@@ -51,7 +52,7 @@ def quant_config(arg: str) -> ConfigDict:
             raise ValueError(
                 f"cannot read {part!r}: give 'float' or some of bits=4|w4, notation=4/4U/4/6, "
                 "clipping=octav|octav10|max|exact|mse|p99.9, gradient=mph|mad|pwl|ste, "
-                "scaling=dynamic|carried|static, separated by commas"
+                "scaling=dynamic|carried|static|learned, separated by commas"
             )
         values[key] = value
     if values["notation"] and any(part.startswith("bits=") for part in parts):
@@ -63,8 +64,8 @@ def quant_config(arg: str) -> ConfigDict:
             f"bits={values['bits']} is not a whole number: give bits=4, bits=w4 of weights alone, "
             "or the like"
         )
-    if values["scaling"] not in ("dynamic", "carried", "static"):
-        raise ValueError(f"scaling={values['scaling']}: give dynamic, carried or static")
+    if values["scaling"] not in ("dynamic", "carried", "static", "learned"):
+        raise ValueError(f"scaling={values['scaling']}: give dynamic, carried, static or learned")
     if values["notation"]:
         values["notation"] = str(Notation.parse(values["notation"]))
     return ConfigDict(
@@ -82,7 +83,9 @@ def quant_config(arg: str) -> ConfigDict:
             # qat_jax.smooth.
             "smoothing_batches": 0,
             # Of training images behind thresholds that stay; 0: every step finds its own.
-            "static_batches": _STATIC_BATCHES if values["scaling"] == "static" else 0,
+            "static_batches": _STATIC_BATCHES if values["scaling"] in ("static", "learned") else 0,
+            # Whether those are parameters, which training changes.
+            "learned": values["scaling"] == "learned",
             # Whether training begins its searches with the thresholds of the step before.
             "carried": values["scaling"] == "carried",
             # Parts of a batch whose activations have thresholds of their own; as many as devices

@@ -15,7 +15,8 @@ seven minutes on two CPU cores.
 
 ARG: bits (2 to 8; 32 or "float" is no quantisation) or notation (of vectors, as in 3/3U/4/6, which
 goes from 82.6 to 91.1 % in 200 steps: results/qat_cifar10_resnet20_vectors.md), clipping (octav,
-max, exact, mse, p99.9), gradient (mph, mad, pwl, ste), scaling (dynamic, carried, static).
+max, exact, mse, p99.9), gradient (mph, mad, pwl, ste), scaling (dynamic, carried, static,
+learned).
 """
 
 from ml_collections import ConfigDict

@@ -12,7 +12,7 @@ it compilation.
 
 ARG: bits (2 to 8; w2 to w8 of weights alone; 32 or "float" is no quantisation) or notation (of
 vectors, as in 4/4U/4/6; 4/-/4/- of weights alone), clipping (octav, max, exact, mse, p99.9),
-gradient (mph, mad, pwl, ste), scaling (dynamic, carried, static).
+gradient (mph, mad, pwl, ste), scaling (dynamic, carried, static, learned).
 """
 
 from ml_collections import ConfigDict

@@ -13,7 +13,7 @@ ARG, separated by commas:
     clipping  octav, octav10 (all iterations on all elements), max, mse, exact, p99.9 …
     gradient  mph (MAD for weights, PWL for activations), mad, pwl, ste
     scaling   dynamic: thresholds are found in every step; carried: from those of the step before;
-              static: once, on five batches
+              static: once, on five batches; learned: those are trained, by LSQ's gradient
 
 The recipes are the paper's: they do not change with the bits. Its grids are two's complement; ours
 are narrow unless `--config.quant.narrow=False` says otherwise (docs/decisions.md). Images come from

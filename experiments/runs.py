@@ -56,6 +56,8 @@ def trained_model(config: ConfigDict, folder: Path, *example: jax.Array) -> nnx.
         qj.smooth(model, [example])
     if config.quant.static_batches:
         qj.calibrate(model, [example])
+    if config.quant.get("learned"):
+        qj.learn_thresholds(model)
     if config.quant.get("carried"):
         qj.carry_thresholds(model, *example)
     optimizer = make_optimizer(config.optimizer, lambda step: 0.0)  # for its state's shape alone

@@ -121,8 +121,14 @@ def train(config: ConfigDict, folder: Workdir, started: float) -> dict[str, Any]
 
         if config.quant.smoothing_batches:
             qj.smooth(model, tasks.training_inputs(task, config, config.quant.smoothing_batches))
+        if config.quant.learned and not config.quant.static_batches:
+            raise ValueError(
+                "quant.learned needs thresholds to begin with: pass --config.quant.static_batches=5"
+            )
         if config.quant.static_batches:
             qj.calibrate(model, tasks.training_inputs(task, config, config.quant.static_batches))
+        if config.quant.learned:
+            qj.learn_thresholds(model)
         if config.quant.carried:
             qj.carry_thresholds(model, *next(tasks.training_inputs(task, config, 1)))
 

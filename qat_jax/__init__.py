@@ -12,6 +12,7 @@ from qat_jax.diagnostics import Diagnostics, diagnose, fake_quant_with_diagnosti
 from qat_jax.formats import Float, Int
 from qat_jax.gptq import gptq
 from qat_jax.granularity import PerChannel, PerShard, PerTensor, PerVector
+from qat_jax.learning import learn_thresholds
 from qat_jax.nnx import (
     Diagnostic,
     NonFinite,
@@ -72,6 +73,7 @@ __all__ = [
     "fold_batch_norm",
     "gptq",
     "ignore_padding",
+    "learn_thresholds",
     "load_policy",
     "load_thresholds",
     "model_storage",

@@ -1,6 +1,6 @@
 """Diagnostics: how well a quantiser fits its array, as scalars computed inside the step."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ def fake_quant_with_diagnostics(
     channel_axis: ChannelAxis = None,
     vector_axis: VectorAxis = None,
     threshold: jax.Array | None = None,
+    learned: bool = False,
 ) -> tuple[jax.Array, Diagnostics]:
     """`fake_quant` and its figures, from one search for the threshold.
 
@@ -42,16 +43,17 @@ def fake_quant_with_diagnostics(
       channel_axis: the axis or axes with a scale each.
       vector_axis: the axis or axes along which vectors lie.
       threshold: use these thresholds instead of searching for them.
+      learned: whether given thresholds get a gradient: see `fake_quant`.
 
     Returns:
       The fake-quantised array, and its diagnostics, which no gradient flows into.
     """
-    axes = {"channel_axis": channel_axis, "vector_axis": vector_axis}
+    axes: dict[str, Any] = {"channel_axis": channel_axis, "vector_axis": vector_axis}
     x = jnp.asarray(x)
     if threshold is None:
         threshold = quantizer.threshold(x, **axes)
     threshold = jnp.asarray(threshold, accumulation_dtype(x))
-    y = fake_quant(x, quantizer, **axes, threshold=threshold)
+    y = fake_quant(x, quantizer, **axes, threshold=threshold, learned=learned)
     return y, diagnose(x, y, threshold, quantizer, **axes)
 
 

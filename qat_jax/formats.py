@@ -209,6 +209,11 @@ class FloatGrid(NamedTuple):
     mantissa: int
 
     @property
+    def low(self) -> float:
+        """The lowest number."""
+        return -self.high
+
+    @property
     def steps(self) -> float:
         """L: the threshold is the largest number."""
         return self.high

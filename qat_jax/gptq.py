@@ -159,7 +159,7 @@ class _RoundingOp(nnx.Module):
         quantizer = self.weights.quantizer
         if self.weights.threshold is None:
             self.weights.threshold = Threshold(quantizer.threshold(w, **axes))
-        q = quantize(w, quantizer, threshold=self.weights.threshold.get_value(), **axes)
+        q = quantize(w, quantizer, threshold=self.weights.kept, **axes)
         step = jnp.broadcast_to(q.step, w.shape)
         dtype = step.dtype
         energy = _energy(unfolding.parts)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 GradientRule = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+ThresholdGradient = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 _WHICH = np.arange(8, dtype=np.uint8)[:, None]  # bit of eight
 
@@ -58,18 +59,22 @@ def with_gradient(
     forward: Callable[[jax.Array, jax.Array], jax.Array],
     bounds: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
     gradient: str | GradientRule,
+    threshold_gradient: ThresholdGradient | None = None,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Give ``forward(x, threshold)`` the backward pass of a rule.
 
     What waits for the backward pass is x and the threshold, or, where the rule is `pwl`, one bit
     for each element of x: a layer that keeps its quantised input need not keep x beside it. The
-    threshold gets no gradient: nothing is differentiated through the search for it.
+    threshold gets no gradient, unless a rule for it is given, which asks for x: nothing is
+    differentiated through a search.
 
     Args:
       forward: maps x and its thresholds to an array of x's shape and dtype.
       bounds: maps x and its thresholds to the least and the largest unclipped number, each
         broadcastable to x.
       gradient: a rule or its name.
+      threshold_gradient: maps x, what became of it, its thresholds and the gradient g to that of
+        the thresholds; None: they are constants.
 
     Returns:
       A function of x and threshold with a custom reverse-mode derivative.
@@ -86,7 +91,11 @@ def with_gradient(
     def backward_pass(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         x, threshold = residuals
         found = rule(x, *bounds(x, threshold), g)  # the bounds promote half precision
-        return jnp.asarray(found, g.dtype), jnp.zeros_like(threshold)
+        if threshold_gradient is None:
+            of_threshold = jnp.zeros_like(threshold)
+        else:
+            of_threshold = threshold_gradient(x, forward(x, threshold), threshold, g)
+        return jnp.asarray(found, g.dtype), of_threshold
 
     def forward_pass_of_pwl(x: jax.Array, threshold: jax.Array) -> tuple[jax.Array, tuple]:
         clipped = _is_clipped(x, *bounds(x, threshold))
@@ -96,7 +105,7 @@ def with_gradient(
         bits, threshold = residuals
         return _unless(_unpacked(bits, g.shape), g), jnp.zeros_like(threshold)
 
-    if rule is pwl:
+    if rule is pwl and threshold_gradient is None:
         function.defvjp(forward_pass_of_pwl, backward_pass_of_pwl)
     else:
         function.defvjp(forward_pass, backward_pass)

@@ -152,6 +152,7 @@ def fake_quant(
     channel_axis: ChannelAxis = None,
     vector_axis: VectorAxis = None,
     threshold: jax.Array | None = None,
+    learned: bool = False,
 ) -> jax.Array:
     """Quantise and dequantise in one step, with the quantiser's gradient.
 
@@ -163,6 +164,10 @@ def fake_quant(
       threshold: use these thresholds instead of searching for them: one for each group, as
         `Quantizer.threshold` returns them, or one for all along some axes; or, with as many
         dimensions as x, whatever broadcasts to x. Where no axis is named, their shape says it.
+      learned: whether given thresholds get a gradient, that of LSQ (Esser et al.,
+        arXiv:1902.08153, equation 3): rounding is passed straight through, so that for x̂ the
+        quantised x it is the sum of g·x̂/s over what saturates and of g·(x̂ - x)/s over the rest.
+        Otherwise they are constants.
 
     Returns:
       An array of x's shape and dtype. A group whose threshold is 0 becomes 0; NaN and infinity
@@ -170,15 +175,18 @@ def fake_quant(
       of their coarse group where scales are quantised.
 
     Raises:
-      ValueError: thresholds are given that go neither with the groups nor with x.
+      ValueError: thresholds are given that go neither with the groups nor with x, or are to be
+        learned and not given.
 
     Example:
       >>> x = jnp.array([-1.0, 0.1, 0.3, 0.9])
       >>> fake_quant(x, Quantizer(Int(3, narrow=True)), threshold=0.75)
       Array([-0.75,  0.  ,  0.25,  0.75], dtype=float32)
     """
+    if learned and threshold is None:
+        raise ValueError("a threshold that is searched for has no gradient: give one to be learned")
     axes = _hashable(channel_axis), _hashable(vector_axis)
-    return _fake_quant(jnp.asarray(x), threshold, quantizer, *axes)
+    return _fake_quant(jnp.asarray(x), threshold, quantizer, *axes, learned)
 
 
 def quantize(
@@ -240,9 +248,8 @@ def dequantize(q: QTensor) -> jax.Array:
 
 # What follows is compiled as one where nothing else is being compiled, and once for a shape; inside
 # a transformation it leaves no trace.
-_compiled = functools.partial(
-    jax.jit, static_argnames=("quantizer", "channel_axis", "vector_axis"), inline=True
-)
+_STATIC = ("quantizer", "channel_axis", "vector_axis")
+_compiled = functools.partial(jax.jit, static_argnames=_STATIC, inline=True)
 
 
 @_compiled
@@ -265,16 +272,19 @@ def _threshold(
     return search(format)
 
 
-@_compiled
+@functools.partial(_compiled, static_argnames=(*_STATIC, "learned"))
 def _fake_quant(
     x: jax.Array,
     threshold: jax.Array | None,
     quantizer: Quantizer,
     channel_axis: ChannelAxis,
     vector_axis: VectorAxis,
+    learned: bool,
 ) -> jax.Array:
     threshold, groups = _grouped(x, quantizer, channel_axis, vector_axis, threshold)
-    return _fake_quant_at(quantizer, groups, channel_axis)(x, threshold)
+    if not learned:
+        threshold = jax.lax.stop_gradient(threshold)
+    return _fake_quant_at(quantizer, groups, channel_axis, learned)(x, threshold)
 
 
 @_compiled
@@ -318,7 +328,7 @@ def _grouped(
     if threshold is None:
         groups = quantizer.granularity.groups(x.ndim, channel_axis, vector_axis)
         return quantizer.threshold(x, channel_axis, vector_axis), groups
-    threshold = jax.lax.stop_gradient(jnp.asarray(threshold, accumulation_dtype(x)))
+    threshold = jnp.asarray(threshold, accumulation_dtype(x))
     given = threshold.shape
     threshold = _of_rank(threshold, x.ndim)
     by_axes = not isinstance(quantizer.granularity, PerShard)  # a shard is no index of an axis
@@ -377,7 +387,7 @@ def _codes(
 
 @functools.cache
 def _fake_quant_at(
-    quantizer: Quantizer, groups: Groups, channel_axis: ChannelAxis
+    quantizer: Quantizer, groups: Groups, channel_axis: ChannelAxis, learned: bool
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     def forward(x: jax.Array, threshold: jax.Array) -> jax.Array:
         codes, scale = _codes(x, threshold, quantizer, groups, channel_axis)
@@ -389,7 +399,21 @@ def _fake_quant_at(
         upper = groups.expand(threshold, x.shape)
         return quantizer.format.lower(upper), upper
 
-    return with_gradient(forward, bounds, quantizer.gradient)
+    def of_threshold(x: jax.Array, y: jax.Array, threshold: jax.Array, g: jax.Array) -> jax.Array:
+        grid = quantizer.format.grid(x)
+        _, step = quantizer.scale.store(threshold, grid.steps, channel_axis)
+        step = groups.expand(step, x.shape)
+        x, y, g = (array.astype(threshold.dtype) for array in (x, y, g))
+        saturates = (x < grid.low * step) | (x > grid.high * step)
+        change = jnp.where(saturates, y, y - x) * groups.expand(reciprocal(threshold), x.shape)
+
+        def for_each(threshold: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(groups.expand(threshold, x.shape), x.shape)
+
+        (gradient,) = jax.linear_transpose(for_each, threshold)(g * change)  # sums over groups
+        return gradient
+
+    return with_gradient(forward, bounds, quantizer.gradient, of_threshold if learned else None)
 
 
 def _hashable(axis: ChannelAxis | VectorAxis) -> int | tuple[int, ...] | None:

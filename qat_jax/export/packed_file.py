@@ -28,6 +28,7 @@ from qat_jax.nnx import (
     Carried,
     Factors,
     LayerSite,
+    Learned,
     OperandQuantizer,
     Threshold,
     layer_sites,
@@ -57,8 +58,8 @@ def save_packed(model: nnx.Module, path: str | Path) -> None:
     """
     arrays = {name: np.asarray(variable.get_value()) for name, variable in _others(model)}
     for name, quantizer in operand_quantizers(model).items():
-        if quantizer.threshold is not None:
-            arrays[f"{name}.threshold"] = np.asarray(quantizer.threshold.get_value())
+        if (threshold := quantizer.kept) is not None:
+            arrays[f"{name}.threshold"] = np.asarray(threshold)
     kernels = {}
     for site in layer_sites(model):
         if not isinstance(site.installed, PackedOp):
@@ -182,7 +183,7 @@ def _plain(array: np.ndarray) -> np.ndarray:
 
 def _others(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
     """What is neither packed nor of a quantised operation nor a random number generator's."""
-    elsewhere = Packed | Factors | Threshold | Carried | nnx.RngState
+    elsewhere = Packed | Factors | Threshold | Learned | Carried | nnx.RngState
     for path, node in nnx.iter_graph(model):
         if not isinstance(node, nnx.Variable) or isinstance(node, elsewhere):
             continue

@@ -11,6 +11,7 @@ from flax import nnx
 from qat_jax.array_file import read_arrays, write_arrays
 from qat_jax.models import conventions
 from qat_jax.models.conventions import Convention
+from qat_jax.nnx import Learned
 
 
 def load_weights(model: nnx.Module, path: str | Path) -> None:
@@ -77,11 +78,14 @@ def save_weights(model: nnx.Module, path: str | Path, library: str | None = None
 
 
 def _named(model: nnx.Module, convention: Convention) -> dict[str, nnx.Variable]:
-    """Parameters and batch statistics of a model by their names in a library."""
+    """Parameters and batch statistics of a model by their names in a library.
+
+    Learned thresholds have none: `save_thresholds` writes those.
+    """
     return {
         convention.name(model, path): node
         for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Param | nnx.BatchStat)
+        if isinstance(node, nnx.Param | nnx.BatchStat) and not isinstance(node, Learned)
     }
 
 

@@ -1,5 +1,6 @@
 """The module that quantises one operand of one layer, and what it holds or sows."""
 
+import math
 from typing import Any
 
 import jax
@@ -55,13 +56,17 @@ class Carried(nnx.Variable):
     """Thresholds of the step before, with which a search begins: state, and no parameter."""
 
 
+class Learned(nnx.Param):
+    """Thresholds that training changes by their gradient: parameters (see `learning`)."""
+
+
 class OperandQuantizer(DescribedQuantizer, nnx.Module):
     """Quantises one operand of one layer.
 
     Attributes:
       quantizer: the description (static).
       token_axes: the operand's axes of examples and of positions, if it can have padding (static).
-      threshold: thresholds found before (see `calibration`); None: found in each call.
+      threshold: thresholds found before (see `calibration`), or learned; None: found in each call.
       carried: where training begins to search for them; None: from nothing.
       deterministic: whether thresholds found depend on the operand alone, as in evaluation, where
         Flax sets this attribute.
@@ -70,12 +75,26 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
     def __init__(self, quantizer: Quantizer, token_axes: tuple[int, int] | None = TOKENS) -> None:
         self.quantizer = quantizer
         self.token_axes = token_axes
-        self.threshold: Threshold | None = nnx.data(None)
+        self.threshold: Threshold | Learned | None = nnx.data(None)
         self.carried: Carried | None = nnx.data(None)
         self.deterministic = False
 
+    @property
+    def kept(self) -> jax.Array | None:
+        """Thresholds that the model has, frozen or learned; None: they are found in each call."""
+        if self.threshold is None:
+            return None
+        value = self.threshold.get_value()
+        # Where a step of training takes one across 0, it goes on from the other side.
+        return jnp.abs(value) if isinstance(self.threshold, Learned) else value
+
     def _words(self) -> str:
-        return super()._words() + (" frozen" if self.threshold is not None else "")
+        match self.threshold:
+            case None:
+                return super()._words()
+            case Learned():
+                return f"{super()._words()} learned"
+        return f"{super()._words()} frozen"
 
     def __call__(
         self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
@@ -91,15 +110,18 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
         if _captures(self, Candidate):
             self.sow(Candidate, "candidates", self.quantizer.threshold(x, **axes))
             return x
-        if self.threshold is None:
+        threshold = self.kept
+        if threshold is None:
             threshold = seen = self._found(x, channel_axis, vector_axis)
         else:
-            threshold, seen = self.threshold.get_value(), x  # frozen, they say nothing about x
+            seen = x  # thresholds that are kept say nothing about it
         if _captures(self, NonFinite):
             self.sow(NonFinite, "non_finite", jnp.sum(~jnp.isfinite(seen), dtype=jnp.float32))
         axes["threshold"] = threshold
         if _captures(self, Codes):
             self.sow(Codes, "codes", quantize(x, self.quantizer, **axes))
+        if isinstance(self.threshold, Learned):
+            axes |= {"threshold": self._balanced(threshold, x), "learned": True}
         if not _captures(self, Diagnostic):
             return fake_quant(x, self.quantizer, **axes)
         x, diagnostics = fake_quant_with_diagnostics(x, self.quantizer, **axes)
@@ -116,6 +138,19 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
         self.carried.set_value(jnp.where(jnp.isfinite(found), found, before))
         return threshold
 
+    def _balanced(self, threshold: jax.Array, x: jax.Array) -> jax.Array:
+        """Thresholds whose gradient lets gradient descent change steps s/L as LSQ does.
+
+        LSQ divides the gradient of a step by sqrt(N L), for N numbers that share it, so that steps
+        and weights move by like shares of themselves (arXiv:1902.08153, section 2.2). Of a
+        threshold that is the gradient times L² / sqrt(N L). N is of one example.
+        """
+        steps = self.quantizer.format.grid(x).steps
+        numbers = x.size if self.token_axes is None else math.prod(x.shape[1:])  # weights: all
+        factor = steps**1.5 / math.sqrt(numbers / threshold.size)
+        constant = jax.lax.stop_gradient(threshold)
+        return constant + factor * (threshold - constant)
+
     def quantized(
         self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
     ) -> QTensor:
@@ -125,7 +160,7 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
             self.quantizer,
             channel_axis=channel_axis,
             vector_axis=vector_axis,
-            threshold=None if self.threshold is None else self.threshold.get_value(),
+            threshold=self.kept,
         )
 
 

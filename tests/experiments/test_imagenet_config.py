@@ -88,7 +88,7 @@ def test_short_retraining(model, paper):
     [
         ("model=resnet20", "model=resnet20: give one of resnet18"),
         ("recipe=medium", "recipe=medium: give scratch, short or long"),
-        ("bits=4,scaling=both", "scaling=both: give dynamic, carried or static"),
+        ("bits=4,scaling=both", "scaling=both: give dynamic, carried, static or learned"),
         ("bit=4", "cannot read 'bit=4'"),
     ],
 )

@@ -270,9 +270,23 @@ def test_carried_thresholds_are_saved_and_taken_up_again(tmp_path):
     assert carried != before
 
 
+def test_learned_thresholds_are_trained_and_left_in_the_run(tmp_path):
+    config, changes = "configs/digits.py:bits=3,scaling=learned", "--config.total_epochs=1"
+    assert main(tmp_path / "run", changes, config=config) == 0
+    parsed = cli.parse(command(tmp_path / "run", changes, config=config)).config
+    task = build.task(parsed)
+    example = tasks.first_inputs(task, task.test_source(), 2)
+    trained = qj.operand_quantizers(runs.trained_model(parsed, tmp_path / "run", *example))
+    untrained = build.quantised_model(parsed)
+    qj.calibrate(untrained, tasks.training_inputs(task, parsed, 5))
+    for path, before in qj.operand_quantizers(untrained).items():
+        assert (trained[path].kept != before.kept).any(), path
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (["--config.quant.learned"], "pass --config.quant.static_batches=5"),
         (["--config.dataset.data_dir=/nowhere", "--config.dataset.name=cifar10_local"], "/nowhere"),
         (["--config.dataset.test_split=tset"], "no split 'tset'"),
         (["--config.dataset.augment=flip"], "choose one of none, crop_flip"),
@@ -369,6 +383,7 @@ def test_configs_are_complete(name):
         "shards": 1,
         "smoothing_batches": 0,
         "static_batches": 0,
+        "learned": False,
         "carried": False,
         "weight_bits": 3,
         "activation_bits": 3,

@@ -74,7 +74,7 @@ class TracedQuantizer:
                 f"{path}: ONNX has pairs for integers, and none for shards of a batch: quantise "
                 "with Int, granularity PerTensor or PerVector"
             )
-        if isinstance(quantizer.scale, E8M0) and operand.threshold is None:
+        if isinstance(quantizer.scale, E8M0) and operand.kept is None:
             raise ValueError(
                 f"{path}: ONNX computes no powers of two from an activation: freeze them with "
                 "calibrate, or quantise activations with IntScale or FloatScale"
@@ -82,8 +82,7 @@ class TracedQuantizer:
         if quantizer.format.signed is None:
             format = dataclasses.replace(quantizer.format, signed=negative)
             quantizer = dataclasses.replace(quantizer, format=format)
-        threshold = None if operand.threshold is None else operand.threshold.get_value()
-        return cls(quantizer, threshold)
+        return cls(quantizer, operand.kept)
 
     def __call__(
         self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
