@@ -177,8 +177,7 @@ def test_what_cannot_be_learned_is_said():
     )
 
 
-@pytest.mark.parametrize("policy", ["octav-w4a4", "max-w8a8"])
-def test_a_step_of_descent_moves_steps_as_lsq_does(policy):
+def test_a_step_of_descent_moves_steps_as_lsq_does():
     """On a linear layer, with LSQ's own parameter, the step, and its own scale of the gradient."""
     layer = nnx.Linear(6, 5, use_bias=False, rngs=nnx.Rngs(0))
     quantizer = Quantizer(Int(4, narrow=True), PerTensor(), gradient="pwl")
