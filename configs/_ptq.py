@@ -43,6 +43,7 @@ def ptq_config(notation: str) -> dict[str, Any]:
             "batches": 0,  # of training images that freeze thresholds; 0: every batch finds its own
             "pool": False,  # one search in all batches instead of the mean of their thresholds
             "smoothing_batches": 0,  # by which outliers of activations move into kernels
+            "rotate": False,  # whether features of activations are turned: see qat_jax.rotate
             "gptq_batches": 0,  # that kernels are rounded by; 0: to the nearest
             "batch_norm_batches": 0,  # that batch norms are re-estimated on, quantised
         },

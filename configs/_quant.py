@@ -41,8 +41,8 @@ def quant_config(arg: str) -> ConfigDict:
         >>> quant_config("bits=4,clipping=max").to_dict()
         {'activation_bits': 4, 'carried': False, 'clipping': 'max', 'diagnostics': False,
          'edge_bits': 8, 'edge_clipping': 'max', 'gradient': 'mph', 'learned': False,
-         'narrow': True, 'notation': '', 'policy': None, 'shards': 1, 'smoothing_batches': 0,
-         'static_batches': 0, 'weight_bits': 4}
+         'narrow': True, 'notation': '', 'policy': None, 'rotate': False, 'shards': 1,
+         'smoothing_batches': 0, 'static_batches': 0, 'weight_bits': 4}
     """
     values = dict(DEFAULTS)
     parts = [] if arg == "float" else [part for part in arg.split(",") if part]
@@ -82,6 +82,7 @@ def quant_config(arg: str) -> ConfigDict:
             # Of training images by which outliers move into kernels before the first step: see
             # qat_jax.smooth.
             "smoothing_batches": 0,
+            "rotate": False,  # whether features are turned after that: see qat_jax.rotate
             # Of training images behind thresholds that stay; 0: every step finds its own.
             "static_batches": _STATIC_BATCHES if values["scaling"] in ("static", "learned") else 0,
             # Whether those are parameters, which training changes.

@@ -26,8 +26,9 @@ Other flags: --config.quant.vector_size, --config.clipping.weights and .activati
 exact, mse, entropy, p99.99), --config.scale.codes, .order, .zero and .clipping,
 --config.quant.overrides="('.*depthwise=8/8U',)", --config.fold_batch_norm,
 --config.calibration.smoothing_batches (outliers of activations moved into kernels as so many
-batches suggest: SmoothQuant), .gptq_batches (kernels rounded so that layers answer so many batches
-as they did: GPTQ) and .batch_norm_batches (batch norms re-estimated on so many).
+batches suggest: SmoothQuant), .rotate (features turned by Hadamard matrices), .gptq_batches
+(kernels rounded so that layers answer so many batches as they did: GPTQ) and .batch_norm_batches
+(batch norms re-estimated on so many).
 
 DIR gets config.json, metrics.jsonl, TensorBoard events, packed.safetensors, which is the quantised
 network for experiments.export, and result.json, which has the accuracy in
@@ -117,6 +118,8 @@ class Bench:
         calibration = config.calibration
         if calibration.smoothing_batches:
             qj.smooth(model, self._train_inputs(calibration.smoothing_batches, config.seed))
+        if calibration.rotate:
+            qj.rotate(model)
         if calibration.batches:
             inputs = self._train_inputs(calibration.batches, config.seed)
             qj.calibrate(model, inputs, pool=calibration.pool)

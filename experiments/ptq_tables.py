@@ -23,8 +23,8 @@ the end DIR gets result.json.
                  the same for BERT: other bits, signed activations          (tables 2, 3, 6)
     bert_rounding
                  kernels of BERT rounded to the nearest or by GPTQ
-    bert_smoothing
-                 outliers of BERT's activations moved into kernels, or not
+    bert_outliers
+                 outliers of BERT's activations as they are, smoothed, rotated, or both
     bert_weight_calibrators
                  what vectors of BERT's weights are compared with
     bert_dynamic thresholds found in every batch   (OCTAV, arXiv:2206.06501, table 5)
@@ -188,12 +188,21 @@ def _smoothing() -> Iterator[tuple[str, str, dict[str, Any]]]:
                 yield notation, f"{smoothed}{rounded}", changes | _clipping("exact", clipping)
 
 
-def _bert_smoothing() -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _bert_outliers() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    remedies = {
+        "as they are": (0, False),
+        "smoothed": (SMOOTHING_BATCHES, False),
+        "rotated": (0, True),
+        "both": (SMOOTHING_BATCHES, True),
+    }
     for bits in BERT_EQUAL_BITS:
-        for clipping in ("max", "octav"):
-            for smoothed, batches in {"": 0, ", smoothed": SMOOTHING_BATCHES}.items():
-                changes = {"quant.notation": bits, "calibration.smoothing_batches": batches}
-                yield bits, f"{clipping}{smoothed}", changes | _clipping(clipping, clipping)
+        for name, (batches, rotate) in remedies.items():
+            changes = {
+                "quant.notation": bits,
+                "calibration.smoothing_batches": batches,
+                "calibration.rotate": rotate,
+            }
+            yield bits, name, changes | _clipping("octav", "octav")
 
 
 def _bert_calibrators() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -262,7 +271,7 @@ TABLES = {
     "bert_vectors": _bert_vectors,
     "bert_scales": _bert_scales,
     "bert_rounding": _bert_rounding,
-    "bert_smoothing": _bert_smoothing,
+    "bert_outliers": _bert_outliers,
 }
 
 

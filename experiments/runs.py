@@ -51,9 +51,11 @@ def trained_model(config: ConfigDict, folder: Path, *example: jax.Array) -> nnx.
     untrained = config.copy_and_resolve_references()
     untrained.model.pretrained = None  # the file may be gone, and its weights are not these
     model = build.undrawn(lambda: build.quantised_model(untrained))
-    # These make places for the factors and thresholds that the checkpoint has.
+    # These make places for the factors, rotations and thresholds that the checkpoint has.
     if config.quant.get("smoothing_batches"):
         qj.smooth(model, [example])
+    if config.quant.get("rotate"):
+        qj.rotate(model)
     if config.quant.static_batches:
         qj.calibrate(model, [example])
     if config.quant.get("learned"):

@@ -37,6 +37,7 @@ from ml_collections import ConfigDict
 import qat_jax as qj
 from experiments import build, cli, tasks
 from qat_jax import data
+from qat_jax.features import with_usual_kernels
 from qat_jax.models import save_weights
 from qat_jax.nnx import is_weight
 from qat_jax.training import hosts
@@ -121,6 +122,8 @@ def train(config: ConfigDict, folder: Workdir, started: float) -> dict[str, Any]
 
         if config.quant.smoothing_batches:
             qj.smooth(model, tasks.training_inputs(task, config, config.quant.smoothing_batches))
+        if config.quant.rotate:
+            qj.rotate(model)
         if config.quant.learned and not config.quant.static_batches:
             raise ValueError(
                 "quant.learned needs thresholds to begin with: pass --config.quant.static_batches=5"
@@ -224,10 +227,13 @@ def train(config: ConfigDict, folder: Workdir, started: float) -> dict[str, Any]
 
 
 def save_trained(graphdefs: GraphDefs, state: TrainState, devices: Placement, path: Path) -> None:
-    """Leaves the parameters that were judged, under another library's names (`save_weights`)."""
+    """Leaves the parameters that were judged, under another library's names (`save_weights`).
+
+    Kernels are those of a float model: without the run's smoothing and rotation.
+    """
     whole = jax.jit(devices.gather)((state.evaluated_params, state.evaluated_model_state))
     if hosts.is_first():
-        save_weights(nnx.merge(graphdefs.evaluation, *whole), path)
+        save_weights(with_usual_kernels(nnx.merge(graphdefs.evaluation, *whole)), path)
 
 
 def join_hosts(config: ConfigDict) -> None:

@@ -28,6 +28,7 @@ from qat_jax.padding import ignore_padding
 from qat_jax.policy import Policy, Rule, preset, uniform_policy
 from qat_jax.policy_file import load_policy, policy_from_yaml, policy_to_yaml, save_policy
 from qat_jax.quantizer import QTensor, Quantizer, dequantize, fake_quant, quantize
+from qat_jax.rotation import rotate
 from qat_jax.scales import E4M3, E8M0, FloatScale, IntScale
 from qat_jax.smoothing import smooth
 from qat_jax.storage import Storage, model_storage, operand_storage
@@ -87,6 +88,7 @@ __all__ = [
     "quantize_model",
     "reestimate_batch_norm",
     "report",
+    "rotate",
     "save_policy",
     "save_thresholds",
     "smooth",

@@ -38,6 +38,9 @@ class DescribedOperands:
         if (factors := getattr(self, "factors", None)) is not None:
             words = f"of {factors.size} features, see smooth"
             yield reprlib.Attr("factors", words, use_raw_value=True)
+        if (block := getattr(self, "rotation", None)) is not None:
+            words = f"of blocks of {block} features, see rotate"
+            yield reprlib.Attr("rotation", words, use_raw_value=True)
         for name in _OPERANDS:
             operand = getattr(self, name)
             in_float = operand is None

@@ -29,8 +29,8 @@ from qat_jax.nnx import (
     QuantizedOp,
     Threshold,
     copy_model,
+    in_basis,
     layer_sites,
-    with_factors,
 )
 from qat_jax.quantizer import quantize
 from qat_jax.scales import reciprocal
@@ -147,7 +147,7 @@ class _RoundingOp(nnx.Module):
 
         given = inspect.signature(self.own.op).bind(x, w, *args, **kwargs)
         given.apply_defaults()
-        lhs = with_factors(self.own.factors, self.own.activations)
+        lhs = in_basis(self.own, self.own.activations)
         given.arguments.update(lhs=lhs, rhs=seen)
         unfolding = _UNFOLDED[self.own.op](**given.arguments)
         if self.kernel is None:

@@ -8,9 +8,8 @@ and hardware shifts.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +18,8 @@ from flax import nnx
 
 from qat_jax import ops
 from qat_jax.calibration import positional
-from qat_jax.nnx import (
-    Factors,
-    LayerSite,
-    Magnitude,
-    QuantizedOp,
-    captured_in_evaluation,
-    in_all_runs,
-    layer_sites,
-)
+from qat_jax.features import LayerInput, layer_inputs, without_thresholds
+from qat_jax.nnx import Factors, Magnitude, captured_in_evaluation, in_all_runs
 
 
 def smooth(
@@ -80,10 +72,10 @@ def smooth(
             f"no input to smooth matches {operands!r}: there are "
             f"{', '.join(inputs) or 'none, quantise inputs and kernels of layers first'}"
         )
-    for path, (op, _, _) in chosen.items():
-        for operand in (op.activations, op.weights):
-            if operand.threshold is not None or operand.carried is not None:
-                raise ValueError(f"{path} has thresholds already: smooth the model before")
+    for path, found in chosen.items():
+        if found.op.rotation is not None:
+            raise ValueError(f"{path} is rotated already: smooth the model before")
+        without_thresholds(path, found, before="smooth")
     magnitudes = _magnitudes(model, batches)
     factors: dict[str, np.ndarray] = {}
     for path, found in chosen.items():
@@ -102,51 +94,13 @@ def smooth(
     return tuple(factors)
 
 
-class _Input(NamedTuple):
-    """The input of a layer, and the kernel that it meets.
-
-    Attributes:
-      op: the layer's operation.
-      kernel: the kernel.
-      axis: of the kernel, along which the features of the input lie.
-    """
-
-    op: Any
-    kernel: nnx.Variable
-    axis: int
-
-
-def _smoothable(model: nnx.Module) -> dict[str, _Input]:
+def _smoothable(model: nnx.Module) -> dict[str, LayerInput]:
     """What can be smoothed, by the path of the input."""
-    owners = Counter(
-        id(value)
-        for _, node in nnx.iter_graph(model)
-        for value in getattr(node, "__dict__", {}).values()
-    )
-    found = {}
-    for site in layer_sites(model):
-        op = site.installed
-        if not isinstance(op, QuantizedOp) or op.activations is None or op.weights is None:
-            continue
-        kernel, axis = site.layer.kernel, _input_axis(site)
-        of_one_layer = kernel.get_value().ndim == site.kernel_rank and owners[id(kernel)] == 1
-        if axis is not None and of_one_layer:
-            found[site.activations] = _Input(op, kernel, axis)
-    return found
-
-
-def _input_axis(site: LayerSite) -> int | None:
-    """The axis of the kernel along which the features of the input lie, or None."""
-    match site.layer:
-        case nnx.Linear():
-            return 0
-        case nnx.LinearGeneral(batch_axis=batch, in_features=inputs):
-            return len(batch) + len(inputs) - 1
-        case nnx.Conv(feature_group_count=1):
-            return site.kernel_rank - 2
-        case nnx.Conv() if site.layer.kernel.get_value().shape[-2] == 1:
-            return site.kernel_rank - 1  # depthwise: the outputs of a feature lie side by side
-    return None
+    return {
+        path: found
+        for path, found in layer_inputs(model).items()
+        if found.groups == 1 or found.is_depthwise
+    }
 
 
 def _magnitudes(model: nnx.Module, batches: Iterable[Any]) -> dict[str, np.ndarray]:
@@ -166,7 +120,7 @@ def _magnitudes(model: nnx.Module, batches: Iterable[Any]) -> dict[str, np.ndarr
     return total
 
 
-def _factors(largest: np.ndarray, found: _Input, strength: float) -> np.ndarray:
+def _factors(largest: np.ndarray, found: LayerInput, strength: float) -> np.ndarray:
     """What each feature is divided by, given its largest magnitude."""
     kernel = found.kernel.get_value()
     others = ops.other_axes((found.axis,), kernel.ndim)
@@ -180,10 +134,7 @@ def _factors(largest: np.ndarray, found: _Input, strength: float) -> np.ndarray:
     return np.where(used, 2.0 ** np.round(exponents), 1)
 
 
-def _divide(found: _Input, divisors: np.ndarray) -> None:
-    kernel = found.kernel.get_value()
-    rows = np.repeat(divisors, kernel.shape[found.axis] // divisors.size)
-    rows = np.expand_dims(rows, ops.other_axes((found.axis,), kernel.ndim))
-    found.kernel.set_value(kernel * rows.astype(kernel.dtype))
+def _divide(found: LayerInput, divisors: np.ndarray) -> None:
+    found.kernel.set_value(found.scaled(jnp.asarray(divisors)))
     before = 1 if found.op.factors is None else found.op.factors.get_value()
     found.op.factors = Factors(jnp.asarray(before / divisors, jnp.float32))

@@ -3,7 +3,9 @@
 An array is stored under the path of its parameter. A quantised kernel ``"conv1/weights"`` is three
 arrays: ``"conv1/weights.codes"`` and ``".scale"``, dense streams of bits (see `qat_jax.integer`),
 and ``".coarse"`` where there is one; a frozen threshold is ``"conv1/activations.threshold"``, and
-``"conv1/activations.factors"`` is what the features of a smoothed input are multiplied with first.
+``"conv1/activations.factors"`` is what the features of a smoothed input are multiplied with first;
+a kernel's ``"rotation"`` in the metadata, if it is not null, the length of the blocks of features
+that are then turned (`hadamard.rotated`).
 The metadata has, as JSON under ``"qat_jax"``, what is needed to read them: for each kernel its
 shape, format and groups, and for each layer its quantisers. `docs/read_packed.py` is a reader.
 """
@@ -80,6 +82,7 @@ def save_packed(model: nnx.Module, path: str | Path) -> None:
             "vector_size": packed.groups.vector_size,
             "scale_bits": packed.scale_bits,
             "scale_dtype": packed.scale.dtype.name,
+            "rotation": site.installed.rotation,
         }
         for part in _PARTS:
             if (array := getattr(packed, part)) is not None:
@@ -128,6 +131,7 @@ def load_packed(model: nnx.Module, path: str | Path) -> nnx.Module:
             packed = _packed(site.weights, described, arrays)
             if (factors := arrays.pop(f"{site.activations}.factors", None)) is not None:
                 site.installed.factors = Factors(jnp.asarray(factors))
+            site.installed.rotation = described.get("rotation")  # files from before have none
             install_kernel(site, PackedKernel(packed, quantizers[site.weights].quantizer))
             # A layer that was told no dtype computes in what its kernel and its input call for.
             site.layer.kernel = site.layer.kernel.replace(jnp.zeros((0,), packed.dtype))

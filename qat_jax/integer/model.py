@@ -21,11 +21,11 @@ from qat_jax.nnx import (
     QuantizedAttention,
     QuantizedOp,
     copy_model,
+    in_basis,
     is_weight,
     layer_sites,
     operand_codes,
     operand_quantizers,
-    with_factors,
 )
 from qat_jax.quantizer import QTensor, Quantizer, dequantize
 
@@ -72,6 +72,7 @@ class PackedOp(DescribedOperands, nnx.Module):
     Attributes:
       op: an operation of `qat_jax.ops` (static).
       factors: of the left operand's features, before its quantiser; None: all 1.
+      rotation: the length of blocks of these that are turned then, or None (static).
       activations: quantiser of the left operand, or None.
       weights: the kernel; that of the layer is empty.
     """
@@ -79,13 +80,14 @@ class PackedOp(DescribedOperands, nnx.Module):
     def __init__(self, op: QuantizedOp, kernel: PackedKernel) -> None:
         self.op = op.op
         self.factors = nnx.data(op.factors)
+        self.rotation = op.rotation
         self.activations = op.activations
         self.weights = kernel
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """The operation, of the quantised input and the stored kernel."""
         kernel = dequantize(unpack(self.weights.packed))
-        lhs = with_factors(self.factors, self.activations)
+        lhs = in_basis(self, self.activations)
         return self.op(*with_kernel(self.op, args, kernel), lhs=lhs, **kwargs)
 
 
@@ -96,6 +98,7 @@ class IntegerOp(DescribedOperands, nnx.Module):
       op: an operation of `qat_jax.ops` (static).
       datapath: its widths (static).
       factors: of the left operand's features, before its quantiser; None: all 1.
+      rotation: the length of blocks of these that are turned then, or None (static).
       activations: quantiser of the left operand.
       weights: the kernel; that of the layer is empty.
     """
@@ -104,6 +107,7 @@ class IntegerOp(DescribedOperands, nnx.Module):
         self.op = op.op
         self.datapath = datapath
         self.factors = nnx.data(op.factors)
+        self.rotation = op.rotation
         self.activations = activations
         self.weights = op.weights
 
@@ -119,7 +123,7 @@ class IntegerOp(DescribedOperands, nnx.Module):
 
         y = _INTEGER_OPS[self.op](
             *with_kernel(self.op, args, kernel.codes),
-            lhs=with_factors(self.factors, _operand(self.activations)),
+            lhs=in_basis(self, _operand(self.activations)),
             rhs=stored,
             datapath=self.datapath,
             **{name: value for name, value in kwargs.items() if name not in _FLOAT_OPTIONS},

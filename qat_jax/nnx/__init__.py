@@ -29,7 +29,7 @@ from qat_jax.nnx.operand import (
     OperandQuantizer,
     Threshold,
 )
-from qat_jax.nnx.operations import Factors, QuantizedAttention, QuantizedOp, with_factors
+from qat_jax.nnx.operations import Factors, QuantizedAttention, QuantizedOp, in_basis
 from qat_jax.nnx.sites import LayerSite, is_weight, layer_sites, operand_quantizers
 
 __all__ = [
@@ -52,11 +52,11 @@ __all__ = [
     "copy_model",
     "diagnostics_by_layer",
     "in_all_runs",
+    "in_basis",
     "is_weight",
     "layer_sites",
     "operand_codes",
     "operand_quantizers",
     "quantize_model",
     "report",
-    "with_factors",
 ]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.attention import dot_product_attention_weights
 
-from qat_jax import ops
+from qat_jax import hadamard, ops
 from qat_jax.display import DescribedOperands
 from qat_jax.granularity import ChannelAxis, VectorAxis
 from qat_jax.nnx.operand import OperandQuantizer, all_but_features
@@ -27,6 +27,8 @@ class QuantizedOp(DescribedOperands, nnx.Module):
     Attributes:
       op: an operation of ``ops`` (static).
       factors: of the input's features, before its quantiser (see `smoothing`); None: all 1.
+      rotation: the length of blocks of features that are turned then (static; see `rotation`), or
+        None.
       activations: quantiser of the left operand, or None.
       weights: quantiser of the right operand, or None.
     """
@@ -34,26 +36,31 @@ class QuantizedOp(DescribedOperands, nnx.Module):
     def __init__(self, op: Callable[..., jax.Array], rule: Rule) -> None:
         self.op = op
         self.factors: Factors | None = nnx.data(None)
+        self.rotation: int | None = None
         self.activations = _operand(rule.activations)
         self.weights = _operand(rule.weights, None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """The operation, of quantised operands."""
-        lhs = with_factors(self.factors, self.activations)
+        lhs = in_basis(self, self.activations)
         return self.op(*args, lhs=lhs, rhs=self.weights, **kwargs)
 
 
-def with_factors(factors: Factors | None, quantize: ops.QuantizeFn | None) -> ops.QuantizeFn | None:
-    """A quantiser whose operand's features are multiplied with factors first."""
-    if factors is None or quantize is None:
+def in_basis(op: Any, quantize: ops.QuantizeFn | None) -> ops.QuantizeFn | None:
+    """A quantiser of an operation's input, as the operation's factors and rotation change it."""
+    if quantize is None or (op.factors is None and op.rotation is None):
         return quantize
 
-    def of_product(x: jax.Array, channel_axis: ChannelAxis, vector_axis: VectorAxis) -> Any:
-        per_feature = factors.get_value().astype(x.dtype)
-        x = x * jnp.expand_dims(per_feature, all_but_features(x, vector_axis))
+    def of_changed(x: jax.Array, channel_axis: ChannelAxis, vector_axis: VectorAxis) -> Any:
+        if op.factors is not None:
+            per_feature = op.factors.get_value().astype(x.dtype)
+            x = x * jnp.expand_dims(per_feature, all_but_features(x, vector_axis))
+        if op.rotation is not None:
+            (features,) = ops.other_axes(all_but_features(x, vector_axis), x.ndim)
+            x = hadamard.rotated(x, features, op.rotation)
         return quantize(x, channel_axis, vector_axis)
 
-    return of_product
+    return of_changed
 
 
 class QuantizedPromotion(DescribedOperands, nnx.Module):

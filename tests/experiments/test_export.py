@@ -8,11 +8,13 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import qat_jax as qj
-from experiments import build, cli, export, ptq, train
+from experiments import build, cli, export, ptq, runs, train
 from qat_jax.export import load_packed
-from qat_jax.nnx import layer_sites
+from qat_jax.models import load_weights
+from qat_jax.nnx import Candidate, layer_sites
 from tests.experiments import resnet8
 
 
@@ -117,14 +119,24 @@ def test_a_network_trained_by_a_policy_file_needs_it_no_more(tmp_path):
     assert quantizer == qj.preset("vsquant-4/4/4/6").rules[0].activations
 
 
-def test_a_network_trained_smoothed_has_its_factors(tmp_path):
+def test_a_network_trained_smoothed_and_rotated_leaves_kernels_for_floats(tmp_path):
     arguments = ["train", "--config=configs/digits.py:bits=4", f"--workdir={tmp_path / 'run'}"]
     arguments += ["--config.model.width=8", "--config.total_epochs=0.1", "--config.batch_size=64"]
-    arguments += ["--config.quant.smoothing_batches=1"]
+    arguments += ["--config.quant.smoothing_batches=1", "--config.quant.rotate"]
     assert cli.main(train.run, train.__doc__, arguments) == 0
-    model, _ = export.packed_model(tmp_path / "run")
-    factors = [site.installed.factors[...] for site in layer_sites(model)]
-    assert any((found != 1).any() for found in factors)
+    model, example = export.packed_model(tmp_path / "run")
+    installed = {site.path: site.installed for site in layer_sites(model)}
+    assert any((found.factors[...] != 1).any() for found in installed.values())
+    assert installed["conv1"].rotation is None  # of one feature
+    assert installed["linear"].rotation == 32
+
+    parsed = cli.parse(arguments).config
+    trained = runs.trained_model(parsed, tmp_path / "run", *example)
+    in_float = build.float_model(parsed)
+    load_weights(in_float, tmp_path / "run" / "weights.safetensors")
+    in_float.eval()
+    answer, expected = in_float(*example), nnx.capture(trained, Candidate)(*example)[0]
+    np.testing.assert_allclose(answer, expected, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("static", [0, 1])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import qat_jax as qj
@@ -251,12 +252,17 @@ def test_kernels_are_rounded_by_training_examples(tmp_path, weights):
 
 def test_outliers_move_into_kernels_before_thresholds_are_frozen(tmp_path, weights):
     changes = ["--config.calibration.smoothing_batches=1", "--config.calibration.batches=1"]
+    changes += ["--config.calibration.rotate"]
     assert cli.main(ptq.run, ptq.__doc__, command(tmp_path / "x", weights, *changes)) == 0
     packed = load_file(tmp_path / "x" / "packed.safetensors")
     factors = np.concatenate([x for name, x in packed.items() if name.endswith(".factors")])
     assert (factors != 1).any()
     assert (np.log2(factors) % 1 == 0).all()
     assert "conv1/activations.threshold" in packed
+    with safe_open(tmp_path / "x" / "packed.safetensors", "np") as file:
+        kernels = json.loads(file.metadata()["qat_jax"])["kernels"]
+    assert kernels["linear/weights"]["rotation"] == 16
+    assert kernels["conv1/weights"]["rotation"] is None
 
 
 def test_every_table_has_a_figure():

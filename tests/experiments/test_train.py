@@ -382,6 +382,7 @@ def test_configs_are_complete(name):
         "notation": "",
         "shards": 1,
         "smoothing_batches": 0,
+        "rotate": False,
         "static_batches": 0,
         "learned": False,
         "carried": False,

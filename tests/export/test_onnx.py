@@ -288,6 +288,20 @@ def test_smoothed_inputs_are_computed_alike(policy):
     np.testing.assert_allclose(found, expected, atol=2e-5 * jnp.abs(expected).max())
 
 
+@pytest.mark.parametrize("policy", ["max-w8a8", "vsquant-4/4/4/6"])
+def test_rotated_inputs_are_computed_alike(policy):
+    model = nnx.Sequential(
+        nnx.Linear(96, 64, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(64, 5, rngs=nnx.Rngs(1))
+    )
+    x = jax.random.normal(jax.random.key(0), (4, 3, 96)).at[..., 1].multiply(64)
+    model = qj.quantize_model(model, policy)
+    qj.rotate(model)
+    model = pack_model(model, x)
+    model.eval()
+    found, expected = in_runtime(to_onnx(model, x), x), run(model, x)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * jnp.abs(expected).max())
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_kernels_alone_are_multiplied_exactly(bits):
     """ONNX Runtime fuses the kernel of tokens and its scales with the product."""

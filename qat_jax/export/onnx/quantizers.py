@@ -28,10 +28,10 @@ from qat_jax.nnx import (
     QuantizedAttention,
     copy_model,
     in_all_runs,
+    in_basis,
     layer_sites,
     operand_codes,
     operand_quantizers,
-    with_factors,
 )
 from qat_jax.quantizer import Quantizer
 from qat_jax.scales import E8M0
@@ -202,7 +202,7 @@ class TracedOp(nnx.Module):
         self, op: PackedOp, activations: TracedQuantizer | None, kernel: StoredKernel
     ) -> None:
         self.op = op.op
-        self.lhs = nnx.static(with_factors(op.factors, activations))
+        self.lhs = nnx.static(in_basis(op, activations))
         self.kernel = kernel
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
