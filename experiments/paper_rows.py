@@ -91,7 +91,9 @@ accelerator for longer than minutes; the counterparts are smaller networks on fe
   images held out, for two to five epochs at 2 to 4 bits, and for one epoch at 2 bits by each
   gradient, by the maximum and with static, carried and sharded thresholds, the 2-bit ones at a
   learning rate of 0.05:
-  [`qat_cifar10_resnet20_held_out.md`](qat_cifar10_resnet20_held_out.md). From scratch, the first
+  [`qat_cifar10_resnet20_held_out.md`](qat_cifar10_resnet20_held_out.md), and with thresholds
+  learned by LSQ's gradient, [`qat_cifar10_resnet20_learned.md`](qat_cifar10_resnet20_learned.md).
+  From scratch, the first
   epoch only, in float and at 4, 3 and 2 bits: 47.9, 49.5, 46.4 and 44.9, and 28.6 at 2 bits by the
   maximum, [`qat_cifar10_resnet20_scratch.md`](qat_cifar10_resnet20_scratch.md). Handwritten digits,
   ResNet-8 from scratch, three seeds: [`quickstart.json`](quickstart.json).
