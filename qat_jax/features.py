@@ -7,6 +7,7 @@ kernel is changed for good, the input in every call, by the layer's operation.
 from collections import Counter
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -35,7 +36,7 @@ class LayerInput(NamedTuple):
         """Whether each feature has outputs of its own."""
         return self.axis == self.kernel.get_value().ndim - 1
 
-    def scaled(self, per_feature: jnp.ndarray) -> jnp.ndarray:
+    def scaled(self, per_feature: jax.Array) -> jax.Array:
         """The kernel, what each feature meets multiplied with its number."""
         kernel = self.kernel.get_value()
         rows = jnp.repeat(per_feature, kernel.shape[self.axis] // per_feature.size)
