@@ -7,7 +7,8 @@
 
 The pretrained encoder comes with a package from the registry. Windows of 384 tokens in batches that
 are as long as their longest, 16 of them in a batch, and a learning rate of 3e-4: an epoch of 10,000
-questions takes about half an hour on two CPU cores.
+questions takes about half an hour on two CPU cores and leads to an F1 of 67.7 of 2,485 others;
+two epochs of 256 tokens, --config.dataset.length=256 --config.total_epochs=2, to 70.7.
 
 ARG: bits (2 to 8; 32 or "float" is no quantisation) or notation, clipping, gradient, scaling: as of
 cifar10_resnet20.py.
