@@ -7,10 +7,10 @@ Usage:
 Times whole training steps (forward, backward, optimiser; state donated) of a network quantised to
 4 bits: unquantised; with given thresholds, so that nothing is searched; with max scaling; with
 OCTAV; with its ten Newton steps on all elements; from the thresholds of the step before (carried);
-with vectors of 16 whose scales are integers; and with Qwix (int8, the maximum), where that is
-installed. All run in this process in alternation, so that what slows the machine slows them alike;
-ratios are medians over rounds of the two times of one round, those of compilations of the shorter
-of two. The last two workloads are for an accelerator, whose compilers choose among kernels by
+with features turned before (rotated); with thresholds that are parameters (learned); with vectors
+of 16 whose scales are integers; and with Qwix (int8, the maximum), where that is installed. All run
+in this process in alternation, so that what slows the machine slows them alike; ratios are medians
+over rounds of the two times of one round, those of compilations of the shorter of two. The last two workloads are for an accelerator, whose compilers choose among kernels by
 trying them: --compilations=0 compiles all contestants at once and does not time it.
 
 Prints a table and, with --out, writes it as JSON with command, commit, versions and device.
@@ -32,7 +32,16 @@ from flax import nnx
 
 import qat_jax as qj
 from benchmarks import record, rounds
-from benchmarks.workloads import WORKLOADS, Quantise, Workload, carried, unquantised, w4a4
+from benchmarks.workloads import (
+    WORKLOADS,
+    Quantise,
+    Workload,
+    carried,
+    learned,
+    rotated,
+    unquantised,
+    w4a4,
+)
 from qat_jax.training.state import create_state
 from qat_jax.training.step import make_train_step
 from qat_jax.training.workdir import device
@@ -86,6 +95,8 @@ def contestants(workload: Workload) -> dict[str, Quantise]:
         "octav": w4a4(ends, qj.Octav()),
         "octav, 10 iterations": w4a4(ends, qj.Octav(10)),
         "octav, carried": carried(w4a4(ends, qj.Octav())),
+        "octav, rotated": rotated(w4a4(ends, qj.Octav())),
+        "learned": learned(w4a4(ends, qj.Octav())),
         f"vectors of 16, {workload.vectors}": vectors,
     }
     if importlib.util.find_spec("qwix"):

@@ -74,6 +74,29 @@ def carried(quantise: Quantise) -> Quantise:
     return quantise_and_carry
 
 
+def learned(quantise: Quantise) -> Quantise:
+    """The same, with thresholds of the batch that are then parameters."""
+
+    def quantise_and_learn(model: nnx.Module, inputs: tuple[Any, ...]) -> nnx.Module:
+        model = quantise(model, inputs)
+        qj.calibrate(model, [inputs])
+        qj.learn_thresholds(model)
+        return model
+
+    return quantise_and_learn
+
+
+def rotated(quantise: Quantise) -> Quantise:
+    """The same, with features turned before they are quantised."""
+
+    def quantise_and_rotate(model: nnx.Module, inputs: tuple[Any, ...]) -> nnx.Module:
+        model = quantise(model, inputs)
+        qj.rotate(model)
+        return model
+
+    return quantise_and_rotate
+
+
 def _images(size: int, classes: int) -> Callable[[int], dict[str, np.ndarray]]:
     def batch(count: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(record.SEED)
