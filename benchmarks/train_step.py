@@ -10,8 +10,9 @@ OCTAV; with its ten Newton steps on all elements; from the thresholds of the ste
 with features turned before (rotated); with thresholds that are parameters (learned); with vectors
 of 16 whose scales are integers; and with Qwix (int8, the maximum), where that is installed. All run
 in this process in alternation, so that what slows the machine slows them alike; ratios are medians
-over rounds of the two times of one round, those of compilations of the shorter of two. The last two workloads are for an accelerator, whose compilers choose among kernels by
-trying them: --compilations=0 compiles all contestants at once and does not time it.
+over rounds of the two times of one round, those of compilations of the shorter of two. The last two
+workloads are for an accelerator, whose compilers choose among kernels by trying them:
+--compilations=0 compiles all contestants at once and does not time it.
 
 Prints a table and, with --out, writes it as JSON with command, commit, versions and device.
 """

@@ -127,7 +127,8 @@ accelerator for longer than minutes; the counterparts are smaller networks on fe
 - The same by windows of 256 tokens: two epochs in float at a learning rate of 3e-4 have F1 70.7,
   exact match 60.5, [`squad_minilm_256.md`](squad_minilm_256.md). At 1e-4, fine-tuned in float for
   1.5 epochs: F1 68.2, exact match 57.3 on 2,485 held-out questions,
-  [`squad_minilm.md`](squad_minilm.md); another epoch adds 0.3 (`minilm-float-longer`). From the weights of F1 68.2 fine-tuned through quantisers
+  [`squad_minilm.md`](squad_minilm.md); another epoch adds 0.3
+  (`minilm-float-longer`). From the weights of F1 68.2 fine-tuned through quantisers
   for 149 steps, a fifth of an epoch: at 4/4 from 39.8 to 53.9, and to 57.6 after 299 steps more
   (`w4a4-octav-longer`, from where the first ended); at 6/6 no better than before, 62.1 on 497 of
   the questions (66.6 in float). So the drop at 4/4 is 10.6 after six tenths of an epoch and still
