@@ -25,6 +25,7 @@ the end DIR gets result.json.
                  kernels of BERT rounded to the nearest or by GPTQ
     bert_outliers
                  outliers of BERT's activations as they are, smoothed, rotated, or both
+    bert_where   which of BERT's operands 4 bits are too few for: one kind of them at 8
     bert_weight_calibrators
                  what vectors of BERT's weights are compared with
     bert_dynamic thresholds found in every batch   (OCTAV, arXiv:2206.06501, table 5)
@@ -55,6 +56,7 @@ logger = logging.getLogger("experiments.ptq_tables")
 CALIBRATORS = ("max", "entropy", "p99.9", "p99.99", "p99.999", "p99.9999", "mse", "octav", "exact")
 BITS = ("3/3U", "4/4U", "6/6U", "8/8U")
 DEPTHWISE = r".*/depthwise"
+ATTENTION = r".*/attention"  # the two products alone: the layers around them have longer paths
 BERT_BITS = ("3/8", "4/8", "6/8", "8/8")
 BERT_EQUAL_BITS = ("4/4", "6/6", "8/8")
 BERT_DYNAMIC_BITS = ("4/8", "8/4", *BERT_EQUAL_BITS)  # which of both it is that costs
@@ -205,6 +207,23 @@ def _bert_outliers() -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield bits, name, changes | _clipping("octav", "octav")
 
 
+def _bert_where() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    at_8 = {
+        "none": ("4/4", ()),
+        "kernels": ("8/4", ()),
+        "inputs of layers": ("4/8", (f"{ATTENTION}=4/4",)),
+        "products of attention": ("4/4", (f"{ATTENTION}=8/8",)),
+    }
+    for name, rotate in {"as they are": False, "rotated": True}.items():
+        for kind, (bits, overrides) in at_8.items():
+            changes = {
+                "quant.notation": bits,
+                "quant.overrides": overrides,
+                "calibration.rotate": rotate,
+            }
+            yield name, kind, changes | _clipping("octav", "octav")
+
+
 def _bert_calibrators() -> Iterator[tuple[str, str, dict[str, Any]]]:
     return _bert_calibrated(BERT_EQUAL_BITS)
 
@@ -272,6 +291,7 @@ TABLES = {
     "bert_scales": _bert_scales,
     "bert_rounding": _bert_rounding,
     "bert_outliers": _bert_outliers,
+    "bert_where": _bert_where,
 }
 
 
