@@ -12,6 +12,7 @@ from qat_jax import hadamard
 from qat_jax.features import LayerInput, layer_inputs, without_thresholds
 
 _SHORTEST = 8  # a block that is worth it
+_LONGEST = 128  # beyond it the transform costs more than the smaller layers themselves
 
 
 def rotate(model: nnx.Module, *, operands: str = ".*", block: int | None = None) -> tuple[str, ...]:
@@ -33,7 +34,7 @@ def rotate(model: nnx.Module, *, operands: str = ".*", block: int | None = None)
       operands: a regular expression; inputs whose whole path (``"layer1/0/conv1/activations"``) it
         does not match are left.
       block: the length of the blocks, a power of two that divides the features; None: the longest
-        there is.
+        there is, up to 128.
 
     Returns:
       The paths of the inputs that are rotated.
@@ -68,7 +69,7 @@ def rotate(model: nnx.Module, *, operands: str = ".*", block: int | None = None)
             )
         without_thresholds(path, found, before="rotate")
     for found in chosen.values():
-        length = block or _longest(found)
+        length = block or min(_longest(found), _LONGEST)
         found.kernel.set_value(hadamard.rotated(found.kernel.get_value(), found.axis, length))
         found.op.rotation = length
     return tuple(chosen)

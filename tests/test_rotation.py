@@ -24,9 +24,18 @@ def rudin_shapiro(length):
     return np.array(a)
 
 
-@pytest.mark.parametrize(("shape", "axis", "block"), [((3, 8), 1, 8), ((48, 5), 0, 16),
-                                                      ((2, 64, 3), -2, 64), ((256,), 0, 256),
-                                                      ((5, 96), 1, 32)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "axis", "block"),
+    [
+        ((3, 8), 1, 8),
+        ((48, 5), 0, 16),
+        ((2, 64, 3), -2, 64),
+        ((5, 96), 1, 32),
+        ((128,), 0, 128),
+        ((2, 512), 1, 256),
+        ((1024,), 0, 512),
+    ],
+)
 def test_the_transform_is_sylvesters(shape, axis, block):
     with jax.enable_x64(True):
         x = numbers(shape, dtype=jnp.float64)
