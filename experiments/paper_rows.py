@@ -141,8 +141,8 @@ accelerator for longer than minutes; the counterparts are smaller networks on fe
   trained quantised for the dynamic ones. An earlier training by the same recipe (F1 70.8 on the
   497; no file of it is here): `ptq_minilm_bert_dynamic.csv`.
 - The 70.7 without training, outliers of activations as they are, smoothed or rotated, and where the
-  drop at 4/4 is: `ptq_minilm_outliers*`. It is in the inputs of layers, which rotations mend, and as
-  much in attention's products, which they do not reach.
+  drop at 4/4 is: `ptq_minilm_outliers*`. It is in the inputs of layers, which rotations mend, and
+  as much in attention's products, which they do not reach.
 - OCTAV, appendix G. The activation of that MiniLM with the heaviest outliers, its error against the
   threshold: `outliers_minilm.*`.
 - OCTAV, section 3 and propositions 4.1 and 4.2; VS-Quant, section 3. Errors against the threshold,
