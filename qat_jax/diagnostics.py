@@ -50,11 +50,10 @@ def fake_quant_with_diagnostics(
     """
     axes: dict[str, Any] = {"channel_axis": channel_axis, "vector_axis": vector_axis}
     x = jnp.asarray(x)
-    if threshold is None:
+    if threshold is None and not learned:
         threshold = quantizer.threshold(x, **axes)
-    threshold = jnp.asarray(threshold, accumulation_dtype(x))
     y = fake_quant(x, quantizer, **axes, threshold=threshold, learned=learned)
-    return y, diagnose(x, y, threshold, quantizer, **axes)
+    return y, diagnose(x, y, jnp.asarray(threshold, accumulation_dtype(x)), quantizer, **axes)
 
 
 def diagnose(

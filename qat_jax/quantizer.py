@@ -221,7 +221,8 @@ def quantize(
       (Array([-4,  0,  1,  3], dtype=int8), Array([0.25], dtype=float32))
     """
     axes = _hashable(channel_axis), _hashable(vector_axis)
-    return _quantize(jax.lax.stop_gradient(jnp.asarray(x)), threshold, quantizer, *axes)
+    x, threshold = jax.lax.stop_gradient((jnp.asarray(x), threshold))
+    return _quantize(x, threshold, quantizer, *axes)
 
 
 def dequantize(q: QTensor) -> jax.Array:

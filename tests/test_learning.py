@@ -100,8 +100,18 @@ def test_thresholds_are_constants_unless_they_are_to_be_learned():
     x = numbers((8,), dtype=jnp.float32)
     constant = jax.grad(lambda s: fake_quant(x, Quantizer(Int(4)), threshold=s).sum())
     assert constant(0.5) == 0
-    with pytest.raises(ValueError, match="give one to be learned"):
-        fake_quant(x, Quantizer(Int(4)), learned=True)
+    for quantise in (fake_quant, qj.fake_quant_with_diagnostics):
+        with pytest.raises(ValueError, match="give one to be learned"):
+            quantise(x, Quantizer(Int(4)), learned=True)
+
+
+def test_codes_and_scales_have_no_gradient():
+    def decoded(x, s):
+        return qj.dequantize(qj.quantize(x, Quantizer(Int(4)), threshold=s)) @ jnp.arange(8.0)
+
+    of_x, of_threshold = jax.grad(decoded, (0, 1))(numbers((8,), dtype=jnp.float32), 0.5)
+    assert of_threshold == 0
+    np.testing.assert_array_equal(of_x, 0)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
