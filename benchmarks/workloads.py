@@ -65,36 +65,33 @@ def w4a4(ends: Ends, clipping: Clipping, shards: int = 1) -> Quantise:
 
 def carried(quantise: Quantise) -> Quantise:
     """The same, with thresholds that are carried from step to step."""
-
-    def quantise_and_carry(model: nnx.Module, inputs: tuple[Any, ...]) -> nnx.Module:
-        model = quantise(model, inputs)
-        qj.carry_thresholds(model, *inputs)
-        return model
-
-    return quantise_and_carry
+    return _then(quantise, lambda model, inputs: qj.carry_thresholds(model, *inputs))
 
 
 def learned(quantise: Quantise) -> Quantise:
     """The same, with thresholds of the batch that are then parameters."""
 
-    def quantise_and_learn(model: nnx.Module, inputs: tuple[Any, ...]) -> nnx.Module:
-        model = quantise(model, inputs)
+    def learn(model: nnx.Module, inputs: tuple[Any, ...]) -> None:
         qj.calibrate(model, [inputs])
         qj.learn_thresholds(model)
-        return model
 
-    return quantise_and_learn
+    return _then(quantise, learn)
 
 
 def rotated(quantise: Quantise) -> Quantise:
     """The same, with features turned before they are quantised."""
+    return _then(quantise, lambda model, inputs: qj.rotate(model))
 
-    def quantise_and_rotate(model: nnx.Module, inputs: tuple[Any, ...]) -> nnx.Module:
+
+def _then(quantise: Quantise, change: Callable[[nnx.Module, tuple[Any, ...]], Any]) -> Quantise:
+    """The same, and what is done to the model in place afterwards."""
+
+    def quantise_and_change(model: nnx.Module, inputs: tuple[Any, ...]) -> nnx.Module:
         model = quantise(model, inputs)
-        qj.rotate(model)
+        change(model, inputs)
         return model
 
-    return quantise_and_rotate
+    return quantise_and_change
 
 
 def _images(size: int, classes: int) -> Callable[[int], dict[str, np.ndarray]]:

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -311,3 +311,34 @@ def quantised_model(config: ConfigDict) -> nnx.Module:
         activation_granularity=qj.PerTensor() if quant.shards == 1 else qj.PerShard(quant.shards),
     )
     return qj.quantize_model(model, policy)
+
+
+def prepare_quantisers(
+    model: nnx.Module,
+    quant: ConfigDict,
+    batches: Callable[[int], Iterable[tuple[jax.Array, ...]]],
+) -> None:
+    """Gives a quantised model, in place, the factors, rotations and thresholds it begins with.
+
+    Args:
+        model: from `quantised_model`.
+        quant: the section of its config; keys that earlier versions did not have may be missing.
+        batches: so many batches of inputs.
+
+    Raises:
+        ValueError: something asked for cannot be.
+    """
+    if quant.get("learned") and not quant.static_batches:
+        raise ValueError(
+            "quant.learned needs thresholds to begin with: pass --config.quant.static_batches=5"
+        )
+    if quant.get("smoothing_batches"):
+        qj.smooth(model, batches(quant.smoothing_batches))
+    if quant.get("rotate"):
+        qj.rotate(model)
+    if quant.static_batches:
+        qj.calibrate(model, batches(quant.static_batches))
+    if quant.get("learned"):
+        qj.learn_thresholds(model)
+    if quant.get("carried"):
+        qj.carry_thresholds(model, *next(iter(batches(1))))

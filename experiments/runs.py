@@ -6,7 +6,6 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-import qat_jax as qj
 from experiments import build
 from qat_jax.training.checkpoint import Checkpoints
 from qat_jax.training.optimizer import make_optimizer
@@ -51,17 +50,8 @@ def trained_model(config: ConfigDict, folder: Path, *example: jax.Array) -> nnx.
     untrained = config.copy_and_resolve_references()
     untrained.model.pretrained = None  # the file may be gone, and its weights are not these
     model = build.undrawn(lambda: build.quantised_model(untrained))
-    # These make places for the factors, rotations and thresholds that the checkpoint has.
-    if config.quant.get("smoothing_batches"):
-        qj.smooth(model, [example])
-    if config.quant.get("rotate"):
-        qj.rotate(model)
-    if config.quant.static_batches:
-        qj.calibrate(model, [example])
-    if config.quant.get("learned"):
-        qj.learn_thresholds(model)
-    if config.quant.get("carried"):
-        qj.carry_thresholds(model, *example)
+    # Places for the factors and thresholds that the checkpoint has.
+    build.prepare_quantisers(model, config.quant, lambda count: [example])
     optimizer = make_optimizer(config.optimizer, lambda step: 0.0)  # for its state's shape alone
     averages = config.get("average_decay", 0.0) > 0
     graphdefs, state = create_state(model, optimizer, averages=averages)

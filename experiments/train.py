@@ -119,21 +119,9 @@ def train(config: ConfigDict, folder: Workdir, started: float) -> dict[str, Any]
             raise ValueError("this recipe retrains a network: pass --config.model.pretrained=FILE")
         model = build.quantised_model(config)
         check_shards(model, examples)
-
-        if config.quant.smoothing_batches:
-            qj.smooth(model, tasks.training_inputs(task, config, config.quant.smoothing_batches))
-        if config.quant.rotate:
-            qj.rotate(model)
-        if config.quant.learned and not config.quant.static_batches:
-            raise ValueError(
-                "quant.learned needs thresholds to begin with: pass --config.quant.static_batches=5"
-            )
-        if config.quant.static_batches:
-            qj.calibrate(model, tasks.training_inputs(task, config, config.quant.static_batches))
-        if config.quant.learned:
-            qj.learn_thresholds(model)
-        if config.quant.carried:
-            qj.carry_thresholds(model, *next(tasks.training_inputs(task, config, 1)))
+        build.prepare_quantisers(
+            model, config.quant, lambda count: tasks.training_inputs(task, config, count)
+        )
 
         # Durations
         steps_per_epoch = max(len(train_source) // config.batch_size, 1)

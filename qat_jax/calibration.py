@@ -179,9 +179,9 @@ def save_thresholds(model: nnx.Module, path: str | Path) -> None:
       ValueError: the model has no frozen thresholds.
     """
     frozen = {
-        name: np.asarray(quantizer.kept)
+        name: np.asarray(kept)
         for name, quantizer in operand_quantizers(model).items()
-        if quantizer.kept is not None
+        if (kept := quantizer.kept) is not None
     }
     if not frozen:
         raise ValueError("the model has no frozen thresholds: calibrate it first")

@@ -4,6 +4,7 @@
 kernel is changed for good, the input in every call, by the layer's operation.
 """
 
+import re
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -82,17 +83,37 @@ def _input_axis(site: LayerSite) -> int | None:
     return None
 
 
-def without_thresholds(path: str, found: LayerInput, *, before: str) -> None:
+def matching(inputs: dict[str, LayerInput], operands: str, *, to: str) -> dict[str, LayerInput]:
+    """Those of some inputs whose whole path a regular expression matches.
+
+    Args:
+      inputs: by path.
+      operands: the expression.
+      to: what is to be done to them, a verb.
+
+    Raises:
+      ValueError: there is none.
+    """
+    chosen = {path: found for path, found in inputs.items() if re.fullmatch(operands, path)}
+    if not chosen:
+        raise ValueError(
+            f"no input to {to} matches {operands!r}: there are "
+            f"{', '.join(inputs) or 'none, quantise inputs and kernels of layers first'}"
+        )
+    return chosen
+
+
+def refuse_thresholds(path: str, found: LayerInput, *, to: str) -> None:
     """Raises ValueError if thresholds of a layer are frozen or carried, which its basis decides on.
 
     Args:
       path: of the input.
       found: the input.
-      before: what has to come before them.
+      to: what comes before them, a verb.
     """
     for operand in (found.op.activations, found.op.weights):
         if operand.threshold is not None or operand.carried is not None:
-            raise ValueError(f"{path} has thresholds already: {before} the model before")
+            raise ValueError(f"{path} has thresholds already: {to} the model before")
 
 
 def with_usual_kernels(model: nnx.Module) -> nnx.Module:

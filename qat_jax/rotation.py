@@ -4,12 +4,10 @@ Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs" (arXiv:2
 the input of each layer by itself, so that nothing is asked of the layers before it.
 """
 
-import re
-
 from flax import nnx
 
 from qat_jax import hadamard
-from qat_jax.features import LayerInput, layer_inputs, without_thresholds
+from qat_jax.features import LayerInput, layer_inputs, matching, refuse_thresholds
 
 _SHORTEST = 8  # a block that is worth it
 _LONGEST = 128  # beyond it the transform costs more than the smaller layers themselves
@@ -53,12 +51,7 @@ def rotate(model: nnx.Module, *, operands: str = ".*", block: int | None = None)
     if block is not None and (block < _SHORTEST or block & (block - 1)):
         raise ValueError(f"block is a power of two from {_SHORTEST} on, unlike {block!r}")
     inputs = {path: found for path, found in layer_inputs(model).items() if _longest(found)}
-    chosen = {path: found for path, found in inputs.items() if re.fullmatch(operands, path)}
-    if not chosen:
-        raise ValueError(
-            f"no input to rotate matches {operands!r}: there are "
-            f"{', '.join(inputs) or 'none, quantise inputs and kernels of layers first'}"
-        )
+    chosen = matching(inputs, operands, to="rotate")
     for path, found in chosen.items():
         if found.op.rotation is not None:
             raise ValueError(f"{path} is rotated already: leave it out with operands=…")
@@ -67,7 +60,7 @@ def rotate(model: nnx.Module, *, operands: str = ".*", block: int | None = None)
                 f"{path} has blocks of at most {_longest(found)} features: give a block of that "
                 "or less, or leave it out with operands=…"
             )
-        without_thresholds(path, found, before="rotate")
+        refuse_thresholds(path, found, to="rotate")
     for found in chosen.values():
         length = block or min(_longest(found), _LONGEST)
         found.kernel.set_value(hadamard.rotated(found.kernel.get_value(), found.axis, length))

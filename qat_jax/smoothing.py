@@ -7,7 +7,6 @@ powers of two: in floating point nothing is rounded, the layer computes what it 
 and hardware shifts.
 """
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,7 +17,7 @@ from flax import nnx
 
 from qat_jax import ops
 from qat_jax.calibration import positional
-from qat_jax.features import LayerInput, layer_inputs, without_thresholds
+from qat_jax.features import LayerInput, layer_inputs, matching, refuse_thresholds
 from qat_jax.nnx import Factors, Magnitude, captured_in_evaluation, in_all_runs
 
 
@@ -65,17 +64,11 @@ def smooth(
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength lies between 0 and 1, unlike {strength!r}")
-    inputs = _smoothable(model)
-    chosen = {path: found for path, found in inputs.items() if re.fullmatch(operands, path)}
-    if not chosen:
-        raise ValueError(
-            f"no input to smooth matches {operands!r}: there are "
-            f"{', '.join(inputs) or 'none, quantise inputs and kernels of layers first'}"
-        )
+    chosen = matching(_smoothable(model), operands, to="smooth")
     for path, found in chosen.items():
         if found.op.rotation is not None:
             raise ValueError(f"{path} is rotated already: smooth the model before")
-        without_thresholds(path, found, before="smooth")
+        refuse_thresholds(path, found, to="smooth")
     magnitudes = _magnitudes(model, batches)
     factors: dict[str, np.ndarray] = {}
     for path, found in chosen.items():

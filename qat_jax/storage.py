@@ -10,7 +10,13 @@ from flax import nnx
 
 from qat_jax.integer.model import IntegerOp, PackedOp
 from qat_jax.integer.packed import unpack
-from qat_jax.nnx import Factors, Learned, layer_sites, operand_codes, operand_quantizers
+from qat_jax.nnx import (
+    Factors,
+    is_own_parameter,
+    layer_sites,
+    operand_codes,
+    operand_quantizers,
+)
 from qat_jax.quantizer import QTensor, Quantizer
 
 _COARSE_BITS = 32
@@ -125,11 +131,7 @@ def model_storage(model: nnx.Module, *inputs: Any) -> Storage:
             quantised.add(id(kernel))
         else:
             in_float.add(id(kernel))
-    parameters = {
-        id(x): x
-        for _, x in nnx.iter_graph(model)
-        if isinstance(x, nnx.Param) and not isinstance(x, Learned)  # counted as scales
-    }
+    parameters = {id(x): x for _, x in nnx.iter_graph(model) if is_own_parameter(x)}
     as_they_are = [
         Storage(x.size, 8 * x.size * x.dtype.itemsize)
         for key, x in parameters.items()

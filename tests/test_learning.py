@@ -55,14 +55,14 @@ def test_the_gradient_is_that_of_lsq(format, gradient):
 
 
 @pytest.mark.parametrize(
-    ("granularity", "axes", "compact"),
+    ("granularity", "axes", "compact", "group"),
     [
-        (PerChannel(), {"channel_axis": 1}, (1, 10)),
-        (PerVector(4), {"vector_axis": 1}, (6, 3)),
-        (PerVector(4), {"vector_axis": 0}, (2, 10)),
+        (PerChannel(), {"channel_axis": 1}, (1, 10), (6, 1)),
+        (PerVector(4), {"vector_axis": 1}, (6, 3), (1, 4)),
+        (PerVector(4), {"vector_axis": 0}, (2, 10), (4, 1)),
     ],
 )
-def test_each_group_has_its_own(granularity, axes, compact):
+def test_each_group_has_its_own(granularity, axes, compact, group):
     """Against one group at a time, the last vectors being short."""
     with jax.enable_x64(True):
         x, g = numbers((6, 10)), numbers((6, 10), 1)
@@ -70,9 +70,7 @@ def test_each_group_has_its_own(granularity, axes, compact):
         quantizer = Quantizer(Int(3, narrow=True), granularity)
         found = threshold_gradient(x, s, g, quantizer, **axes)
         assert found.shape == compact
-        rows, columns = (-(-6 // compact[0]), -(-10 // compact[1]))
-        if isinstance(granularity, PerVector):
-            rows, columns = (4 if compact[0] == 2 else 1), (4 if compact[1] == 3 else 1)
+        rows, columns = group
         for i, j in np.ndindex(compact):
             part = np.s_[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
             one = threshold_gradient(x[part], s[i, j], g[part], Quantizer(Int(3, narrow=True)))

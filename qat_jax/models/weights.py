@@ -11,7 +11,7 @@ from flax import nnx
 from qat_jax.array_file import read_arrays, write_arrays
 from qat_jax.models import conventions
 from qat_jax.models.conventions import Convention
-from qat_jax.nnx import Learned
+from qat_jax.nnx import is_own_parameter
 
 
 def load_weights(model: nnx.Module, path: str | Path) -> None:
@@ -85,7 +85,7 @@ def _named(model: nnx.Module, convention: Convention) -> dict[str, nnx.Variable]
     return {
         convention.name(model, path): node
         for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Param | nnx.BatchStat) and not isinstance(node, Learned)
+        if is_own_parameter(node) or isinstance(node, nnx.BatchStat)
     }
 
 

@@ -28,6 +28,7 @@ from qat_jax.nnx.operand import (
     Operand,
     OperandQuantizer,
     Threshold,
+    is_own_parameter,
 )
 from qat_jax.nnx.operations import Factors, QuantizedAttention, QuantizedOp, in_basis
 from qat_jax.nnx.sites import LayerSite, is_weight, layer_sites, operand_quantizers
@@ -53,6 +54,7 @@ __all__ = [
     "diagnostics_by_layer",
     "in_all_runs",
     "in_basis",
+    "is_own_parameter",
     "is_weight",
     "layer_sites",
     "operand_codes",

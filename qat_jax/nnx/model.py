@@ -7,7 +7,7 @@ import jax
 from flax import linen, nnx
 
 from qat_jax.display import DescribedQuantizer
-from qat_jax.nnx.operand import Learned
+from qat_jax.nnx.operand import is_own_parameter
 from qat_jax.nnx.operations import QuantizedAttention
 from qat_jax.nnx.sites import LayerSite, layer_sites
 from qat_jax.policy import Policy, Rule, preset_for_layers
@@ -155,10 +155,6 @@ def _rest(model: nnx.Module, sites: Iterable[LayerSite]) -> Rest:
         if (kernel := getattr(site.layer, "kernel", None)) is not None:
             stored = getattr(getattr(site.installed, "weights", None), "packed", None)
             kernels[id(kernel)] = math.prod((kernel if stored is None else stored).shape)
-    parameters = [
-        x
-        for _, x in nnx.iter_graph(model)
-        if isinstance(x, nnx.Param) and not isinstance(x, Learned)
-    ]
+    parameters = [x for _, x in nnx.iter_graph(model) if is_own_parameter(x)]
     others = jax.tree.leaves([x.get_value() for x in parameters if id(x) not in kernels])
     return Rest.of_arrays(others, in_kernels=sum(kernels.values()))

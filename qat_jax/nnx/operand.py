@@ -60,6 +60,11 @@ class Learned(nnx.Param):
     """Thresholds that training changes by their gradient: parameters (see `learning`)."""
 
 
+def is_own_parameter(node: Any) -> bool:
+    """Whether something is a parameter of the model itself, and no learned threshold."""
+    return isinstance(node, nnx.Param) and not isinstance(node, Learned)
+
+
 class OperandQuantizer(DescribedQuantizer, nnx.Module):
     """Quantises one operand of one layer.
 
