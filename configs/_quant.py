@@ -41,8 +41,8 @@ def quant_config(arg: str) -> ConfigDict:
         >>> quant_config("bits=4,clipping=max").to_dict()
         {'activation_bits': 4, 'carried': False, 'clipping': 'max', 'diagnostics': False,
          'edge_bits': 8, 'edge_clipping': 'max', 'gradient': 'mph', 'learned': False,
-         'narrow': True, 'notation': '', 'policy': None, 'rotate': False, 'shards': 1,
-         'smoothing_batches': 0, 'static_batches': 0, 'weight_bits': 4}
+         'narrow': True, 'notation': '', 'overrides': (), 'policy': None, 'rotate': False,
+         'shards': 1, 'smoothing_batches': 0, 'static_batches': 0, 'weight_bits': 4}
     """
     values = dict(DEFAULTS)
     parts = [] if arg == "float" else [part for part in arg.split(",") if part]
@@ -79,6 +79,10 @@ def quant_config(arg: str) -> ConfigDict:
             "narrow": True,  # the threshold is itself a code; the paper's grids are not narrow
             "edge_bits": 8,  # of the first convolution and the classifier
             "edge_clipping": values["clipping"],
+            # "PATTERN=NOTATION", first match first, for layers that need something else: weights
+            # and activations clipped as above. ".*/attention=4/4U/-/token" gives the softmax's
+            # output one scale a query, and so on: see qat_jax.Notation.
+            "overrides": (),
             # Of training images by which outliers move into kernels before the first step: see
             # qat_jax.smooth.
             "smoothing_batches": 0,

@@ -67,7 +67,7 @@ def _percents(rows: list[dict[str, str]], column: str | None = None) -> Percents
         scales = row["column"] if column is None else "-/-"
         bits = row["row"].partition(",")[0]
         notation = qj.Notation.parse(bits if bits.count("/") == 3 else f"{bits}/{scales}")
-        if isinstance(notation.weight_scale, str) or isinstance(notation.activation_scale, str):
+        if any(isinstance(scale, str) for scale in notation.vector_scales):
             continue
         name = str(dataclasses.replace(notation, unsigned=False))
         percents[name] = max(percents.get(name, 0.0), _number(row, "accuracy_percent"))

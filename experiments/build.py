@@ -245,6 +245,7 @@ def ptq_policy(config: ConfigDict) -> qj.Policy | None:
         ValueError: a notation, a clipping or an option does not exist.
     """
     quant = config.quant
+    _check_overrides(quant, in_float=quant.notation == "float")
     if quant.get("policy"):
         return qj.policy_from_yaml(quant.policy)
     if quant.notation == "float":
@@ -257,12 +258,6 @@ def ptq_policy(config: ConfigDict) -> qj.Policy | None:
         "scale": qj.IntScale(4, **(scale | {"clipping": clipping(scale["clipping"])})),
         "gradient": from_text(quant.get("gradient", "ste")),
     }
-    overrides = []
-    for override in quant.overrides:
-        pattern, equals, notation = override.rpartition("=")
-        if not equals:
-            raise ValueError(f"quant.overrides has {override!r}: write PATTERN=NOTATION")
-        overrides.append(qj.Rule.from_notation(pattern, notation, **options))
     first, last = _ENDS[_model_name(config)]
     if quant.notation in BLOCK_FORMATS:
         (inside,) = qj.preset(quant.notation).rules
@@ -273,7 +268,7 @@ def ptq_policy(config: ConfigDict) -> qj.Policy | None:
         rest = qj.Policy.from_notation(
             quant.notation, first=first, last=last, edges=quant.edges, **options
         )
-    return qj.Policy([*overrides, *rest.rules])
+    return qj.Policy([*_overrides(quant, **options), *rest.rules])
 
 
 def quantised_model(config: ConfigDict) -> nnx.Module:
@@ -283,34 +278,74 @@ def quantised_model(config: ConfigDict) -> nnx.Module:
         ValueError: there is no such model, clipping, gradient or number of bits.
         FileNotFoundError: the file of weights does not exist.
     """
-    model, quant = float_model(config), config.quant
+    model, policy = float_model(config), _training_policy(config)
+    return model if policy is None else qj.quantize_model(model, policy)
+
+
+def _training_policy(config: ConfigDict) -> qj.Policy | None:
+    """What `configs/_quant.py` asks for; None where that is nothing."""
+    quant = config.quant
+    in_float = not quant.notation and quant.weight_bits == quant.activation_bits == FLOAT_BITS
+    _check_overrides(quant, in_float)
     if quant.get("policy"):
-        return qj.quantize_model(model, qj.policy_from_yaml(quant.policy))
+        return qj.policy_from_yaml(quant.policy)
+    if in_float:
+        return None
     first, last = _ENDS[_model_name(config)]
+    own_clipping, gradient = clipping(quant.clipping), from_text(quant.gradient)
     if quant.notation:
-        policy = qj.Policy.from_notation(
+        rest = qj.Policy.from_notation(
             quant.notation,
             first=first,
             last=last,
-            weight_clipping=clipping(quant.clipping),
-            gradient=from_text(quant.gradient),
+            weight_clipping=own_clipping,
+            gradient=gradient,
         )
-        return qj.quantize_model(model, policy)
-    if quant.weight_bits == quant.activation_bits == FLOAT_BITS:
-        return model
-    policy = qj.uniform_policy(
-        quant.weight_bits,
-        None if quant.activation_bits == FLOAT_BITS else quant.activation_bits,
-        clipping=clipping(quant.clipping),
-        gradient=from_text(quant.gradient),
-        narrow=quant.narrow,
-        first=first,
-        last=last,
-        edge_bits=quant.edge_bits,
-        edge_clipping=clipping(quant.edge_clipping),
-        activation_granularity=qj.PerTensor() if quant.shards == 1 else qj.PerShard(quant.shards),
+    else:
+        rest = qj.uniform_policy(
+            quant.weight_bits,
+            None if quant.activation_bits == FLOAT_BITS else quant.activation_bits,
+            clipping=own_clipping,
+            gradient=gradient,
+            narrow=quant.narrow,
+            first=first,
+            last=last,
+            edge_bits=quant.edge_bits,
+            edge_clipping=clipping(quant.edge_clipping),
+            activation_granularity=(
+                qj.PerTensor() if quant.shards == 1 else qj.PerShard(quant.shards)
+            ),
+        )
+    overrides = _overrides(
+        quant, weight_clipping=own_clipping, activation_clipping=own_clipping, gradient=gradient
     )
-    return qj.quantize_model(model, policy)
+    return qj.Policy([*overrides, *rest.rules])
+
+
+def _overrides(quant: ConfigDict, **options: Any) -> list[qj.Rule]:
+    """The rules that `quant.overrides` puts before all others; options of `Rule.from_notation`."""
+    rules = []
+    for override in quant.get("overrides", ()):
+        pattern, equals, notation = override.rpartition("=")
+        if not equals:
+            raise ValueError(f"quant.overrides has {override!r}: write PATTERN=NOTATION")
+        rules.append(qj.Rule.from_notation(pattern, notation, **options))
+    return rules
+
+
+def _check_overrides(quant: ConfigDict, in_float: bool) -> None:
+    """Raises a ValueError if there are overrides where nothing would read them."""
+    if not quant.get("overrides"):
+        return
+    if quant.get("policy"):
+        raise ValueError(
+            "quant.policy and quant.overrides are both given: write the rules into the policy"
+        )
+    if in_float:
+        raise ValueError(
+            "quant.overrides are of a network that is quantised: give it bits or a notation too, "
+            "or name the layers in a quant.policy"
+        )
 
 
 def prepare_quantisers(

@@ -215,9 +215,8 @@ def _cost_panel(axes: Axes, rows: Sequence[Row], points: Sequence[_Point]) -> No
 def _kind(design: str) -> str:
     if "/" not in design:
         return "block format"
-    notation = qj.Notation.parse(design)
-    scales = [notation.weight_scale, notation.activation_scale].count(None)
-    return ("vector scales of both", "vector scales of one", "one scale a channel, layer")[scales]
+    without = qj.Notation.parse(design).vector_scales.count(None)
+    return ("vector scales of both", "vector scales of one", "one scale a channel, layer")[without]
 
 
 class _Names:

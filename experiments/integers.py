@@ -124,8 +124,7 @@ def _name_and_full_width(config: ConfigDict) -> tuple[str, int]:
     if config.quant.policy:
         return "a policy of its own", max(config.scale_product_bits, default=0) + 1
     notation = qj.Notation.parse(config.quant.notation)
-    stored = (notation.weight_scale, notation.activation_scale)
-    return str(notation), sum(bits for bits in stored if isinstance(bits, int))
+    return str(notation), sum(bits for bits in notation.vector_scales if isinstance(bits, int))
 
 
 def agreement(bench: Bench, simulated: nnx.Module, integers: nnx.Module) -> dict[str, Any]:

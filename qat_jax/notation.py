@@ -7,9 +7,11 @@ _SCALES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _FORM = (
     "W/A/ws/as: bits of weights, bits of activations (with U: unsigned where the data is; or - for "
     "activations left alone), bits of the weights' and of the activations' vector scales (2 to 16, "
-    "fp32, fp16, bf16, or - for one floating-point scale a channel or layer), as in 4/4U/4/6, "
-    "4/8/6/10, 8/8U/-/-, in short 8/8U, and 4/-/4/- of weights alone"
+    "fp32, fp16, bf16, or - for one floating-point scale a channel or layer; of activations also "
+    "token, for one a token), as in 4/4U/4/6, 4/8/6/10, 8/8U/-/-, in short 8/8U, 4/4U/-/token, and "
+    "4/-/4/- of weights alone"
 )
+_TOKEN = "token"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Notation:
       unsigned: whether activations are unsigned where the data is ("U").
       weight_scale: of the weights' vectors: the bits of an integer scale, or the dtype of a
         floating-point one; None for one floating-point scale a channel ("-").
-      activation_scale: of the activations' vectors, likewise; None for one a layer.
+      activation_scale: of the activations' vectors, likewise; None for one a layer, "token" for one
+        a token.
     """
 
     weight_bits: int
@@ -63,8 +66,18 @@ class Notation:
             activation_bits=None if activation[1] else _bits(activation[2], text),
             unsigned=bool(activation[3]),
             weight_scale=_scale(parts[2], text),
-            activation_scale=_scale(parts[3], text),
+            activation_scale=_TOKEN if parts[3] == _TOKEN else _scale(parts[3], text),
         )
+
+    @property
+    def per_token(self) -> bool:
+        """Whether each token of the activations has a scale of its own."""
+        return self.activation_scale == _TOKEN
+
+    @property
+    def vector_scales(self) -> tuple[int | str | None, int | str | None]:
+        """Of the vectors of weights and of activations; None for what has no vectors."""
+        return self.weight_scale, None if self.per_token else self.activation_scale
 
     def __str__(self) -> str:
         bits = "-" if self.activation_bits is None else str(self.activation_bits)

@@ -98,11 +98,12 @@ class Rule:
             return Quantizer(format, PerVector(vector_size), clipping, gradient, rule)
 
         weight_gradient, activation_gradient = _gradients(gradient)
+        weight_scale, activation_scale = parsed.vector_scales
         return cls(
             pattern,
             weights=quantizer(
                 Int(parsed.weight_bits, narrow=True),
-                parsed.weight_scale,
+                weight_scale,
                 PerChannel(),
                 weight_clipping,
                 weight_gradient,
@@ -111,8 +112,8 @@ class Rule:
             if parsed.activation_bits is None
             else quantizer(
                 Int(parsed.activation_bits, signed=None if parsed.unsigned else True, narrow=True),
-                parsed.activation_scale,
-                PerTensor(),
+                activation_scale,
+                PerChannel() if parsed.per_token else PerTensor(),
                 activation_clipping,
                 activation_gradient,
             ),

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ from flax import nnx
 
 import qat_jax as qj
 from qat_jax.integer import integer_model, pack_model
+from qat_jax.nnx import QuantizedAttention
 
 W8 = qj.Quantizer(qj.Int(8))
 W4 = qj.Quantizer(qj.Int(4), qj.PerChannel(), qj.Octav(), "mad")
@@ -85,6 +87,22 @@ def test_multi_head_attention_with_both_products():
         y = quantized(q, kv, mask=m)
         expected = nnx.jit(attention_by_hand)(module, q, kv, m)
         np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_attention_have_scales_of_their_own():
+    """Of a head: a query's, a key's, what a query's softmax gives, a feature of the values."""
+    q, k, v = normal(2, 3, 2, 8), normal(2, 5, 2, 8), normal(2, 5, 2, 8)
+
+    def rows(x, signed=True):
+        fake = dataclasses.replace(A4, format=qj.Int(4, signed=signed))
+        return np.stack([fake(row) for row in x.reshape(-1, x.shape[-1])]).reshape(x.shape)
+
+    scores = np.einsum("bqhd,bkhd->bhqk", rows(q), rows(k)) / np.sqrt(8)
+    features = np.moveaxis(rows(np.moveaxis(v, 1, -1)), -1, 1)
+    softmax = rows(np.array(jax.nn.softmax(scores)), signed=False)
+    expected = np.einsum("bhqk,bkhd->bqhd", softmax, features)
+    quantized = QuantizedAttention(dataclasses.replace(A4, granularity=qj.PerChannel()))
+    np.testing.assert_allclose(quantized(q, k, v), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_products_alone_and_left_out():

@@ -4,7 +4,7 @@ import qat_jax as qj
 
 
 @pytest.mark.parametrize(
-    "text", ["4/4U/4/6", "8/8/-/-", "4/8/6/10", "3/3U/fp32/fp16", "6/3/-/bf16"]
+    "text", ["4/4U/4/6", "8/8/-/-", "4/8/6/10", "3/3U/fp32/fp16", "6/3/-/bf16", "4/4U/-/token"]
 )
 def test_it_prints_as_it_is_written(text):
     assert str(qj.Notation.parse(text)) == text
@@ -15,7 +15,7 @@ def test_two_parts_have_no_vectors():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "4", "4/4/4", "4u/4/-/-", "1/4", "4/17", "4/4/x/4", "4/4/1/4"]
+    "text", ["", "4", "4/4/4", "4u/4/-/-", "1/4", "4/17", "4/4/x/4", "4/4/1/4", "4/4/token/-"]
 )
 def test_what_cannot_be_read_is_taught(text):
     with pytest.raises(ValueError, match="4/4U/4/6, 4/8/6/10, 8/8U/-/-"):
@@ -34,6 +34,19 @@ def test_the_policy_of_a_notation():
     assert between.activations == qj.Quantizer(
         qj.Int(8, signed=None, narrow=True), qj.PerTensor(), qj.AbsMax(), "ste"
     )
+
+
+def test_tokens_have_scales_of_their_own():
+    parsed = qj.Notation.parse("4/8U/4/token")
+    assert parsed.per_token
+    assert parsed.vector_scales == (4, None)
+    (rule,) = qj.Policy.from_notation("4/8U/4/token").rules
+    assert rule.weights.granularity == qj.PerVector(16)
+    assert rule.activations == qj.Quantizer(
+        qj.Int(8, signed=None, narrow=True), qj.PerChannel(), qj.AbsMax(), "ste"
+    )
+    with pytest.raises(ValueError, match="write 4/-/4/-"):
+        qj.Notation.parse("4/-/4/token")
 
 
 def test_options_reach_the_quantisers():

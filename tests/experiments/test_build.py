@@ -1,11 +1,14 @@
 """From a config to a network."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+import qat_jax as qj
 from configs.cifar10_resnet20 import get_config as resnet_config
 from configs.squad_bert_base import get_config as bert_config
 from experiments import build
@@ -70,3 +73,39 @@ def test_an_undrawn_model_is_one_of_zeros():
     assert all((x == 0).all() for x in found.values())
     model.eval()
     assert model(jnp.ones((1, 4), jnp.int32)).shape == (1, 4, 2)
+
+
+def test_overrides_go_before_the_rest():
+    config = bert_config("bits=4,gradient=mad")
+    config.model.size.update(layers=1, hidden=16, heads=2, intermediate=16, vocabulary=20)
+    before = qj.operand_quantizers(build.quantised_model(config))
+    config.quant.overrides = (".*/attention=4/4U/-/token", ".*/attention/out=8/8U")
+    found = qj.operand_quantizers(build.quantised_model(config))
+    assert found.keys() == before.keys()
+    for path, operand in found.items():
+        expected = before[path].quantizer
+        if path.endswith(("/query", "/key", "/attention_weights", "/value")):
+            expected = dataclasses.replace(expected, granularity=qj.PerChannel())
+        elif "/attention/out/" in path:
+            wider = dataclasses.replace(expected.format, bits=8)
+            expected = dataclasses.replace(expected, format=wider)
+        assert operand.quantizer == expected, path
+
+
+@pytest.mark.parametrize(
+    ("argument", "changes", "message"),
+    [
+        ("bits=4", {"overrides": ("layer1",)}, "write PATTERN=NOTATION"),
+        ("float", {"overrides": ("layer1/.*=8/8",)}, "of a network that is quantised"),
+        (
+            "bits=4",
+            {"overrides": ("layer1/.*=8/8",), "policy": "- {pattern: .*, notation: 4/4}"},
+            "write the rules into the policy",
+        ),
+    ],
+)
+def test_overrides_that_nothing_would_read_are_refused(argument, changes, message):
+    config = resnet_config(argument)
+    config.quant.update(changes)
+    with pytest.raises(ValueError, match=message):
+        build.quantised_model(config)

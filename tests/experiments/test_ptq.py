@@ -158,10 +158,11 @@ def test_a_policy_in_a_file_takes_the_place_of_the_notation(tmp_path, weights, c
         ("--config.quant.notation=4x4", "write W/A/ws/as"),
         ("--config.scale.codes=some", "IntScale.codes is one of"),
         ("--config.quant.overrides=('conv1',)", "write PATTERN=NOTATION"),
+        ("--config.quant.notation=float --config.quant.overrides=('conv1=8/8',)", "is quantised"),
     ],
 )
 def test_wrong_settings_end_before_anything_is_written(tmp_path, weights, capsys, change, message):
-    arguments = command(tmp_path / "x", weights, change)
+    arguments = command(tmp_path / "x", weights, *change.split())
     assert cli.main(ptq.run, ptq.__doc__, arguments) == cli.WRONG_USAGE
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

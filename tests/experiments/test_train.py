@@ -381,6 +381,7 @@ def test_configs_are_complete(name):
         "policy": None,
         "notation": "",
         "shards": 1,
+        "overrides": (),
         "smoothing_batches": 0,
         "rotate": False,
         "static_batches": 0,

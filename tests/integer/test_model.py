@@ -96,6 +96,8 @@ def test_a_packed_model_computes_the_same_from_fewer_bytes(case, policy):
         ("separable", "octav-w4a4"),
         ("residual", "vsquant-4/4U/4/6"),
         ("bert", "vsquant-4/4U/4/6"),
+        ("bert", "vsquant-4/4U/-/token"),
+        ("residual", "vsquant-4/4U/4/token"),
         ("products", "octav-w4a4"),
     ],
 )

@@ -109,8 +109,8 @@ def quantize_dequantize(
 ) -> Tensor:
     """The nodes of the primitive, in float32 as the simulation is.
 
-    A step for the whole array, or for each vector, makes a pair of ONNX's operators. Others have
-    none, and are computed in floating point.
+    A step for the whole array, for each vector or for each token makes a pair of ONNX's operators.
+    Others have none, and are computed in floating point.
 
     Args:
       graph: it goes here.
@@ -135,7 +135,7 @@ def _in_float32(
         s == c or axis in groups.axes
         for axis, (s, c) in enumerate(zip(step.shape, x.shape, strict=True))
     )
-    if groups.vector_size and len(groups.axes) == 1 and every_vector:
+    if len(groups.axes) == 1 and every_vector:
         return _with_steps_of_vectors(graph, x, code_step, step, groups, format)
     low, high = _codes(format)
     codes = _like(graph, "Div", x, code_step)
@@ -175,7 +175,9 @@ def _with_steps_of_vectors(
 ) -> Tensor:
     low, high = _codes(format)
     dtype = code_dtype(low < 0, max(format.bits, 8))  # ONNX clips no narrower codes
-    cut = {"axis": x.places[groups.axes[0]], "block_size": groups.vector_size}
+    (axis,) = groups.axes
+    # Where the axis is not cut, it is one vector: a token.
+    cut = {"axis": x.places[axis], "block_size": groups.vector_size or x.shape[axis]}
     to = {"output_dtype": element_type(dtype)}
     codes = _like(graph, "QuantizeLinear", x, code_step, dtype=dtype, **to, **cut)
     if (low, high) != _range(dtype):
