@@ -40,12 +40,13 @@ TITLES = {
     "bert_rounding": "kernels rounded to the nearest or by GPTQ",
     "bert_outliers": "outliers of activations as they are, smoothed, rotated, or both",
     "bert_where": "4 bits, but 8 for one kind of operands",
+    "bert_attention": "4 bits: signs of codes, and scales of attention's rows",
     "bert_scales": "bits of the scales of weights / activations, vectors of 16",
 }
 # Lines go over their rows.
 _FEW_COLUMNS = (
     *("vectors", "rounding", "smoothing"),
-    *("bert_vectors", "bert_rounding", "bert_outliers", "bert_where"),
+    *("bert_vectors", "bert_rounding", "bert_outliers", "bert_where", "bert_attention"),
 )
 _TICKS = (-2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 80)
 

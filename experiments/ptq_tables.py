@@ -26,6 +26,8 @@ the end DIR gets result.json.
     bert_outliers
                  outliers of BERT's activations as they are, smoothed, rotated, or both
     bert_where   which of BERT's operands 4 bits are too few for: one kind of them at 8
+    bert_attention
+                 what unsigned codes and scales of attention's rows give back at 4 bits
     bert_weight_calibrators
                  what vectors of BERT's weights are compared with
     bert_dynamic thresholds found in every batch   (OCTAV, arXiv:2206.06501, table 5)
@@ -224,6 +226,32 @@ def _bert_where() -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield name, kind, changes | _clipping("octav", "octav")
 
 
+def _bert_attention() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    by_rows = (f"{ATTENTION}=4/4U/-/token",)
+    columns = {
+        "signed": ("4/4", (), 0),
+        "unsigned where the data is": ("4/4U", (), 0),
+        "attention by rows": ("4/4U", by_rows, 0),
+        "everything by rows": ("4/4U/-/token", (), 0),
+        "attention by rows, GPTQ": ("4/4U", by_rows, GPTQ_BATCHES),
+    }
+    remedies = {
+        "as they are": (0, False),
+        "rotated": (0, True),
+        "smoothed and rotated": (SMOOTHING_BATCHES, True),
+    }
+    for row, (smoothing_batches, rotate) in remedies.items():
+        for column, (bits, overrides, gptq_batches) in columns.items():
+            changes = {
+                "quant.notation": bits,
+                "quant.overrides": overrides,
+                "calibration.smoothing_batches": smoothing_batches,
+                "calibration.rotate": rotate,
+                "calibration.gptq_batches": gptq_batches,
+            }
+            yield row, column, changes | _clipping("octav", "octav")
+
+
 def _bert_calibrators() -> Iterator[tuple[str, str, dict[str, Any]]]:
     return _bert_calibrated(BERT_EQUAL_BITS)
 
@@ -292,6 +320,7 @@ TABLES = {
     "bert_rounding": _bert_rounding,
     "bert_outliers": _bert_outliers,
     "bert_where": _bert_where,
+    "bert_attention": _bert_attention,
 }
 
 
