@@ -126,7 +126,7 @@ def contestants(devices: int) -> dict[str, Quantise]:
         "max": w4a4(ends, qj.AbsMax()),
         "octav": w4a4(ends, qj.Octav(10)),
         "octav, carried": carried(w4a4(ends, qj.Octav(10))),
-        "octav, a threshold a shard": w4a4(ends, qj.Octav(10), shards=devices),
+        "octav, a threshold a shard": w4a4(ends, qj.Octav(10), qj.PerShard(devices)),
     }
 
 

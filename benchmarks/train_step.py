@@ -7,12 +7,13 @@ Usage:
 Times whole training steps (forward, backward, optimiser; state donated) of a network quantised to
 4 bits: unquantised; with given thresholds, so that nothing is searched; with max scaling; with
 OCTAV; with its ten Newton steps on all elements; from the thresholds of the step before (carried);
-with features turned before (rotated); with thresholds that are parameters (learned); with vectors
-of 16 whose scales are integers; and with Qwix (int8, the maximum), where that is installed. All run
-in this process in alternation, so that what slows the machine slows them alike; ratios are medians
-over rounds of the two times of one round, those of compilations of the shorter of two. The last two
-workloads are for an accelerator, whose compilers choose among kernels by trying them:
---compilations=0 compiles all contestants at once and does not time it.
+with a scale for each token of an activation, or each image of a convolution's; with features turned
+before (rotated); with thresholds that are parameters (learned); with vectors of 16 whose scales are
+integers; and with Qwix (int8, the maximum), where that is installed. All run in this process in
+alternation, so that what slows the machine slows them alike; ratios are medians over rounds of the
+two times of one round, those of compilations of the shorter of two. The last two workloads are for
+an accelerator, whose compilers choose among kernels by trying them: --compilations=0 compiles all
+contestants at once and does not time it.
 
 Prints a table and, with --out, writes it as JSON with command, commit, versions and device.
 """
@@ -96,6 +97,7 @@ def contestants(workload: Workload) -> dict[str, Quantise]:
         "octav": w4a4(ends, qj.Octav()),
         "octav, 10 iterations": w4a4(ends, qj.Octav(10)),
         "octav, carried": carried(w4a4(ends, qj.Octav())),
+        "octav, a scale a token": w4a4(ends, qj.Octav(), qj.PerChannel()),
         "octav, rotated": rotated(w4a4(ends, qj.Octav())),
         "learned": learned(w4a4(ends, qj.Octav())),
         f"vectors of 16, {workload.vectors}": vectors,

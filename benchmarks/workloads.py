@@ -11,6 +11,7 @@ from flax import nnx
 import qat_jax as qj
 from benchmarks import record
 from qat_jax.clipping import Clipping
+from qat_jax.granularity import Granularity, PerTensor
 from qat_jax.models import BERT_BASE, MINILM, BertForQuestionAnswering, CifarResNet, ResNet
 from qat_jax.training.objective import Classification, Normalisation, Objective, SpanExtraction
 
@@ -49,16 +50,11 @@ def unquantised(model: nnx.Module, inputs: tuple[Any, ...]) -> nnx.Module:
     return model
 
 
-def w4a4(ends: Ends, clipping: Clipping, shards: int = 1) -> Quantise:
-    """OCTAV's recipe at 4 bits, with another clipping, or thresholds for parts of a batch."""
+def w4a4(ends: Ends, clipping: Clipping, activations: Granularity = PerTensor()) -> Quantise:
+    """OCTAV's recipe at 4 bits, with another clipping, or activations of more thresholds."""
     first, last = ends
     policy = qj.uniform_policy(
-        4,
-        4,
-        clipping=clipping,
-        first=first,
-        last=last,
-        activation_granularity=qj.PerTensor() if shards == 1 else qj.PerShard(shards),
+        4, 4, clipping=clipping, first=first, last=last, activation_granularity=activations
     )
     return lambda model, inputs: qj.quantize_model(model, policy)
 
