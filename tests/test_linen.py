@@ -64,7 +64,7 @@ def apply(model, variables, x, **options):
     return jax.jit(functools.partial(model.apply, **options))(variables, x)
 
 
-@pytest.mark.parametrize("policy", [EVERYWHERE, "octav-w4a4", "max-w3a8"])
+@pytest.mark.parametrize("policy", [EVERYWHERE, "octav-w4a4", "max-w3a8", "vsquant-4/4U/-/token"])
 def test_linen_and_nnx_agree(pair, policy):
     variables, model, x = pair
     in_float = run(model, x)
