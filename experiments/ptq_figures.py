@@ -46,7 +46,7 @@ TITLES = {
 # Lines go over their rows.
 _FEW_COLUMNS = (
     *("vectors", "rounding", "smoothing"),
-    *("bert_vectors", "bert_rounding", "bert_outliers", "bert_where", "bert_attention"),
+    *("bert_vectors", "bert_rounding", "bert_outliers", "bert_where"),
 )
 _TICKS = (-2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 80)
 
