@@ -6,6 +6,14 @@
 
 `runs/squad` is a finished run of squad_minilm.py in float32. The head is at 8 bits (quant.edges).
 
+What 4 bits everywhere need is 4/4U for ARG and
+
+    --config.clipping.weights=octav --config.clipping.activations=octav \
+        '--config.quant.overrides=.*/attention=4/4U/-/token' --config.calibration.rotate \
+        --config.calibration.gptq_batches=4
+
+and the training questions, of which 64 windows round the kernels: --config.dataset.train_split=….
+
 ARG: bits as W/A/ws/as, such as 4/8/6/10; "float".
 """
 
