@@ -278,7 +278,8 @@ def quantised_model(config: ConfigDict) -> nnx.Module:
         ValueError: there is no such model, clipping, gradient or number of bits.
         FileNotFoundError: the file of weights does not exist.
     """
-    model, policy = float_model(config), _training_policy(config)
+    policy = _training_policy(config)  # what is wrong there is told before a network is made
+    model = float_model(config)
     return model if policy is None else qj.quantize_model(model, policy)
 
 
