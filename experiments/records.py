@@ -218,6 +218,8 @@ def _label(run: Run, keys: Sequence[str], *, bits: bool) -> str:
         parts.append(f"activations {'in float' if in_float else f'{run.activation_bits} bits'}")
     for key in keys:
         name, value = key.rpartition(".")[2], run.settings.get(key)
+        if isinstance(value, list):  # such as overrides, mostly none
+            value = " ".join(map(str, value))
         if name == "policy":
             parts.append("policy of its own" if value else "")
         elif name == "notation" and value:

@@ -100,6 +100,13 @@ def test_labels_name_rules_scales_and_bits_that_differ(tmp_path):
     assert groups[0].runs[0].in_float == 0.7
 
 
+def test_labels_name_overrides_of_runs_that_have_some(tmp_path):
+    for number, overrides in enumerate([[], ["conv.*=8/8", "stem=8/8"]]):
+        make(tmp_path / str(number), {"test_accuracy": 0.5}, overrides=overrides)
+    labels = [g.label for g in group(read_runs(tmp_path)[0])]
+    assert labels == ["made", "overrides conv.*=8/8 stem=8/8"]
+
+
 def test_the_page_shows_everything_and_needs_nothing(runs):
     figure = Image.new("RGB", (8, 8))
     figure.save(runs / "a" / "own.png")
