@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from configs._distillation import distillation_config
 from configs._machine import machine_config
 from configs._ptq import ptq_config
 from configs._quant import quant_config
@@ -39,6 +40,7 @@ def squad_config(experiment: str, size: BertSize, arg: str) -> ConfigDict:
                 "clip_norm": 1.0,
             },
             "schedule": {"name": "linear", "warmup_percent": 10.0},
+            "distillation": distillation_config(),
             "average_decay": 0.0,  # of the parameters that are evaluated; 0: those of the last step
             **machine_config(),
             "batch_size": 4,

@@ -22,6 +22,7 @@ learned).
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from configs._distillation import distillation_config
 from configs._machine import machine_config
 from configs._quant import quant_config
 
@@ -65,6 +66,7 @@ def get_config(arg: str = "") -> ConfigDict:
             },
             "schedule": {"name": "cosine"},
             "label_smoothing": 0.0,
+            "distillation": distillation_config(),
             "average_decay": 0.0,  # of the parameters that are evaluated; 0: those of the last step
             **machine_config(),
             "batch_size": 128,

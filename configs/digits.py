@@ -18,6 +18,7 @@ gradient (mph, mad, pwl, ste), scaling (dynamic, carried, static, learned).
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from configs._distillation import distillation_config
 from configs._machine import machine_config
 from configs._quant import quant_config
 
@@ -61,6 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
             },
             "schedule": {"name": "cosine", "warmup_percent": 5.0},
             "label_smoothing": 0.0,
+            "distillation": distillation_config(),
             "average_decay": 0.0,  # of the parameters that are evaluated; 0: those of the last step
             **machine_config(),
             "batch_size": 64,

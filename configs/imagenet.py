@@ -55,6 +55,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from configs._distillation import distillation_config
 from configs._machine import machine_config
 from configs._quant import quant_config
 
@@ -141,6 +142,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "decay_every_epochs": float(decay_every),
             },
             "label_smoothing": 0.0,
+            "distillation": distillation_config(),
             "average_decay": 0.0,  # of the parameters that are evaluated; 0: those of the last step
             **machine_config(),
             "batch_size": batch_size,

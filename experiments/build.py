@@ -132,6 +132,45 @@ def float_model(config: ConfigDict) -> nnx.Module:
     return model
 
 
+def teacher(config: ConfigDict) -> nnx.Module | None:
+    """The float network that a run learns from, or None where it learns from labels alone.
+
+    Raises:
+        ValueError: settings are given that nothing would read, or there are no weights that answer.
+        FileNotFoundError: the file of weights does not exist.
+    """
+    if not distils(config):
+        settings = config.get("distillation", ConfigDict())
+        for key, unused in (("teacher", None), ("temperature", 1.0)):
+            if settings.get(key, unused) != unused:
+                raise ValueError(
+                    f"distillation.{key} means nothing where the teacher has no share in the loss: "
+                    "pass --config.distillation.weight=0.5, or whatever share it is to have"
+                )
+        return None
+    named = config.distillation.teacher or config.model.pretrained
+    if named is None:
+        raise ValueError(
+            "distillation.weight asks for a teacher: pass --config.distillation.teacher=FILE, "
+            "weights of this network in float"
+        )
+    own = config.copy_and_resolve_references()
+    own.model.pretrained = named
+    model = float_model(own)
+    path = find_pretrained(named).weights
+    if _loaded_part(model, path) is not model:
+        raise ValueError(
+            f"{path} has no head and cannot teach to answer: pass "
+            "--config.distillation.teacher=FILE, weights that are fine-tuned"
+        )
+    return model
+
+
+def distils(config: ConfigDict) -> bool:
+    """Whether a run learns from a teacher; those of earlier versions do not."""
+    return bool(config.get("distillation", ConfigDict()).get("weight", 0.0))
+
+
 def _check_settings(name: str, settings: dict[str, Any]) -> None:
     """Raises ValueError unless a config's section `model` is of the model that it names."""
     model: Any = _MODELS[name]

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from experiments import build
 from qat_jax.training.checkpoint import Checkpoints
+from qat_jax.training.distillation import taught
 from qat_jax.training.optimizer import make_optimizer
 from qat_jax.training.state import create_state, restore_model
 from qat_jax.training.workdir import Workdir
@@ -55,6 +56,9 @@ def trained_model(config: ConfigDict, folder: Path, *example: jax.Array) -> nnx.
     optimizer = make_optimizer(config.optimizer, lambda step: 0.0)  # for its state's shape alone
     averages = config.get("average_decay", 0.0) > 0
     graphdefs, state = create_state(model, optimizer, averages=averages)
+    if build.distils(config):  # places for the teacher's arrays, too
+        teacher = build.undrawn(lambda: build.float_model(untrained))
+        _, state = taught(state, teacher, weight=config.distillation.weight)
     with Checkpoints(Workdir(folder).checkpoints_path) as checkpoints:
         restored = checkpoints.restore(state)
     if restored is None:

@@ -42,6 +42,7 @@ from qat_jax.models import save_weights
 from qat_jax.nnx import is_weight
 from qat_jax.training import hosts
 from qat_jax.training.checkpoint import Checkpoints
+from qat_jax.training.distillation import taught
 from qat_jax.training.loop import NON_FINITE, Plan, fit
 from qat_jax.training.optimizer import duration_in_steps, make_optimizer, make_schedule
 from qat_jax.training.sharding import Placement
@@ -138,6 +139,14 @@ def train(config: ConfigDict, folder: Workdir, started: float) -> dict[str, Any]
 
         # State and steps
         graphdefs, state = create_state(model, optimizer, averages=config.average_decay > 0)
+        distillation = None
+        if (teacher := build.teacher(config)) is not None:
+            distillation, state = taught(
+                state,
+                teacher,
+                weight=config.distillation.weight,
+                temperature=config.distillation.temperature,
+            )
         state = devices.shard_state(state)
         train_step = make_train_step(
             graphdefs,
@@ -147,6 +156,7 @@ def train(config: ConfigDict, folder: Workdir, started: float) -> dict[str, Any]
             accumulate=config.accumulate,
             average_decay=warmed_up(config.average_decay),
             collect=collected(config),
+            distillation=distillation,
             placement=devices,
         )
         judge = task.judge(graphdefs, devices)

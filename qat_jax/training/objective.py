@@ -26,6 +26,12 @@ class Objective(Protocol):
         """Whether the likeliest answer to each example is the right one: bool [B]."""
         ...
 
+    def divergences(
+        self, outputs: jax.Array, teacher: jax.Array, batch: Batch, temperature: float
+    ) -> jax.Array:
+        """How far each example's outputs are from those of a teacher (`divergence`): [B]."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Normalisation:
@@ -90,6 +96,12 @@ class Classification:
         """Whether the largest logit is that of the label."""
         return outputs.argmax(-1) == batch["label"]
 
+    def divergences(
+        self, outputs: jax.Array, teacher: jax.Array, batch: Batch, temperature: float
+    ) -> jax.Array:
+        """The divergence of the classes' probabilities."""
+        return divergence(outputs, teacher, temperature)
+
 
 @dataclasses.dataclass(frozen=True)
 class SpanExtraction:
@@ -112,6 +124,17 @@ class SpanExtraction:
         """Whether both ends are right."""
         start, end = (logits.argmax(-1) == target for logits, target in self._ends(outputs, batch))
         return start & end
+
+    def divergences(
+        self, outputs: jax.Array, teacher: jax.Array, batch: Batch, temperature: float
+    ) -> jax.Array:
+        """The mean of the divergences of start and end, over the tokens there are."""
+        ours, theirs = self._ends(outputs, batch), self._ends(teacher, batch)
+        start, end = (
+            divergence(logits, of_teacher, temperature)
+            for (logits, _), (of_teacher, _) in zip(ours, theirs, strict=True)
+        )
+        return (start + end) / 2
 
     def _ends(self, outputs: jax.Array, batch: Batch) -> list[tuple[jax.Array, jax.Array]]:
         """Logits [B, L] and target [B] of start and end; padding is out of the question."""
@@ -136,3 +159,25 @@ def cross_entropy(logits: jax.Array, label: jax.Array, label_smoothing: float = 
         return optax.softmax_cross_entropy_with_integer_labels(logits, label)
     target = jax.nn.one_hot(label, logits.shape[-1], dtype=jnp.float32)
     return optax.softmax_cross_entropy(logits, optax.smooth_labels(target, label_smoothing))
+
+
+def divergence(logits: jax.Array, teacher: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """T² Σ p log(p / q) of each example, p being a teacher's probabilities at temperature T.
+
+    The factor T² keeps the size of gradients (Hinton et al., arXiv:1503.02531, section 2).
+
+    Args:
+        logits: of the student, float [B, classes]; computed in float32.
+        teacher: the teacher's logits, of the same shape.
+        temperature: T, which the logits of both are divided by.
+
+    Returns:
+        float32 [B], in nats.
+    """
+    log_q, log_p = (
+        jax.nn.log_softmax(array.astype(jnp.float32) / temperature) for array in (logits, teacher)
+    )
+    p = jnp.exp(log_p)
+    # What neither can answer is infinitely unlikely to both.
+    terms = jnp.where(p > 0, p * (log_p - log_q), 0)
+    return temperature**2 * terms.sum(-1)

@@ -18,7 +18,7 @@ PyTree = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that changes during training.
+    """The arrays of a run: all that changes during training, and a teacher's.
 
     Attributes:
         step: int32 [], the number of optimiser updates made so far.
@@ -28,6 +28,8 @@ class TrainState:
         average: the moving average of `params` over the steps, or None.
         average_statistics: likewise of the batch statistics in `model_state`, which fit `params`
             and not their average; a nested dict with these alone.
+        teacher: the arrays of a network to learn from, which stay as they are (see
+            `distillation`), or None.
     """
 
     step: jax.Array
@@ -36,6 +38,7 @@ class TrainState:
     opt_state: PyTree
     average: PyTree = None
     average_statistics: PyTree = None
+    teacher: PyTree = None
 
     @property
     def evaluated_params(self) -> PyTree:

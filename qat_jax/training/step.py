@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from qat_jax.training.distillation import Distillation
 from qat_jax.training.objective import Batch, Objective
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import GraphDefs, TrainState, only
@@ -55,6 +56,7 @@ def make_train_step(
     accumulate: int = 1,
     average_decay: float | AverageDecay = 0.0,
     collect: Mapping[str, Collected] | None = None,
+    distillation: Distillation | None = None,
     placement: Placement | None = None,
 ) -> TrainStep:
     """One optimiser update as a jitted function that donates its input state.
@@ -70,6 +72,8 @@ def make_train_step(
         average_decay: the share of the old in the moving average of the parameters and batch
             statistics, of a state that keeps one; of each step, if it is a function of it.
         collect: what to return, by name among the metrics, of what the forward pass sows.
+        distillation: the share in the loss of the teacher whose arrays the state has, if it has
+            one.
         placement: where the state lives; None leaves it to the compiler.
 
     Returns:
@@ -84,13 +88,17 @@ def make_train_step(
         raise ValueError(f"accumulate is {accumulate}: cut the batch into at least 1 part")
 
     def loss_fn(
-        params: Any, model_state: Any, batch: Batch
+        params: Any, model_state: Any, teacher: Any, batch: Batch
     ) -> tuple[jax.Array, tuple[Any, dict[str, Any]]]:
         if placement is not None:
-            params = placement.gather(params)
+            params, teacher = placement.gather((params, teacher))
         model = nnx.merge(graphdefs.train, params, model_state)
         outputs, sown = _apply(model, objective.inputs(batch), collect or {})
-        loss = objective.losses(outputs, batch).mean()
+        if distillation is None:
+            losses = objective.losses(outputs, batch)
+        else:
+            losses = distillation.losses(objective, outputs, batch, teacher)
+        loss = losses.mean()
         accuracy = jnp.mean(objective.correct(outputs, batch))
         new_model_state = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
         return loss, (new_model_state, {"loss": loss, "accuracy": accuracy, **sown})
@@ -100,7 +108,7 @@ def make_train_step(
 
         def part(model_state: Any, batch: Batch) -> tuple[Any, tuple[Any, dict[str, Any]]]:
             grads, (model_state, metrics) = jax.grad(loss_fn, has_aux=True)(
-                state.params, model_state, batch
+                state.params, model_state, state.teacher, batch
             )
             return model_state, (grads, metrics)
 
@@ -128,6 +136,7 @@ def make_train_step(
             opt_state=opt_state,
             average=average,
             average_statistics=statistics,
+            teacher=state.teacher,
         )
         if placement is not None:
             new_state, metrics = placement.keep_state(new_state), placement.gather(metrics)

@@ -75,6 +75,29 @@ def test_an_undrawn_model_is_one_of_zeros():
     assert model(jnp.ones((1, 4), jnp.int32)).shape == (1, 4, 2)
 
 
+def test_a_teacher_is_the_float_network_of_its_weights(tmp_path):
+    whole, encoder = (tmp_path / f"{part}.safetensors" for part in ("whole", "encoder"))
+    other = small_bert(7)
+    save_weights(other, whole)
+    save_weights(other.bert, encoder)
+    config = bert_config("bits=4")
+    config.model.size.update(layers=1, hidden=16, heads=2, intermediate=16, vocabulary=20)
+    config.model.pretrained = str(encoder)
+    assert build.teacher(config) is None
+
+    config.distillation.weight = 0.5
+    with pytest.raises(ValueError, match=r"encoder\.safetensors has no head and cannot teach"):
+        build.teacher(config)
+    config.distillation.teacher = str(whole)
+    teacher, expected = build.teacher(config), other
+    assert not qj.operand_quantizers(teacher)
+    for model in (teacher, expected):
+        model.eval()
+    tokens = jnp.arange(8).reshape(2, 4)
+    np.testing.assert_array_equal(teacher(tokens), expected(tokens))
+    assert config.model.pretrained == str(encoder)
+
+
 def test_overrides_go_before_the_rest():
     config = bert_config("bits=4,gradient=mad")
     config.model.size.update(layers=1, hidden=16, heads=2, intermediate=16, vocabulary=20)

@@ -270,6 +270,37 @@ def test_carried_thresholds_are_saved_and_taken_up_again(tmp_path):
     assert carried != before
 
 
+def test_a_quantised_network_learns_from_its_float_one(finished, tmp_path):
+    """Interrupted, gone on with, and loaded when the teacher's file is gone."""
+    weights = tmp_path / "float.safetensors"
+    shutil.copy(finished / train.WEIGHTS, weights)
+    changes = [
+        "--config.quant.weight_bits=2",
+        "--config.quant.activation_bits=2",
+        f"--config.model.pretrained={weights}",
+        "--config.distillation.weight=1.0",
+        "--config.distillation.temperature=2.0",
+        "--config.optimizer.learning_rate=0.02",
+        "--config.total_epochs=1",
+    ]
+    run = tmp_path / "run"
+    assert main(run, *changes) == 0
+    losses = [line["loss"] for line in lines(run) if line["split"] == "train"]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    before, after = (line["accuracy"] for line in lines(run) if line["split"] == "test")
+    assert after > before + 0.1
+
+    whole = lines(run)
+    shutil.rmtree(run / "checkpoints" / "22")
+    (run / "result.json").unlink()
+    assert main(run, *changes) == 0
+    assert lines(run) == whole
+
+    weights.unlink()
+    config = runs.finished_config(run)
+    assert runs.trained_model(config, run) is not None
+
+
 def test_learned_thresholds_are_trained_and_left_in_the_run(tmp_path):
     config, changes = "configs/digits.py:bits=3,scaling=learned", "--config.total_epochs=1"
     assert main(tmp_path / "run", changes, config=config) == 0
@@ -312,6 +343,13 @@ def test_learned_thresholds_are_trained_and_left_in_the_run(tmp_path):
         (["--config.seed=-1"], "seed is -1: give 0 to 4294967295"),
         (["--config.average_decay=1.0"], "average_decay is 1.0: give at least 0 and less than 1"),
         (["--config.average_decay=-0.1"], "average_decay is -0.1: give at least 0"),
+        (["--config.distillation.weight=0.5"], "pass --config.distillation.teacher=FILE"),
+        (["--config.distillation.teacher=a"], "teacher means nothing where the teacher has no sha"),
+        (["--config.distillation.temperature=2.0"], "temperature means nothing where the teacher"),
+        (
+            ["--config.distillation.weight=0.5", "--config.distillation.teacher=no.safetensors"],
+            "no pretrained weights at no.safetensors",
+        ),
         (["--config.label_smoothing=-3"], "label_smoothing is -3.0: give at least 0 and less"),
         (["--config.schedule.name=cosin"], "choose constant, cosine, linear or step"),
         (["--config.total_epochs=0"], "the run has no step"),

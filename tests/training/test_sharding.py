@@ -15,13 +15,14 @@ FIRST_LOSSES = """
 import json, sys, jax, optax
 from flax import nnx
 import qat_jax as qj
+from qat_jax.training.distillation import taught
 from qat_jax.training.sharding import Placement
 from qat_jax.training.state import create_state
 from qat_jax.training.objective import Classification, Normalisation
 from qat_jax.training.step import make_eval_step, make_train_step
 from tests.training.tiny_training import TinyNet, eval_data, train_data
 
-bits, fsdp = map(int, sys.argv[1:])
+bits, fsdp, distils = map(int, sys.argv[1:])
 devices = Placement.over_all_devices(fsdp)
 schedule = optax.constant_schedule(0.1)
 optimizer = optax.sgd(schedule, momentum=0.9)
@@ -29,9 +30,14 @@ model = TinyNet(4, nnx.Rngs(0))
 if bits < 32:
     model = qj.quantize_model(model, qj.uniform_policy(bits, bits))
 graphdefs, state = create_state(model, optimizer)
+distillation = None
+if distils:
+    distillation, state = taught(state, TinyNet(4, nnx.Rngs(1)), weight=0.5)
 state = devices.shard_state(state)
 settings = dict(objective=Classification(Normalisation((0.5,), (0.25,))), placement=devices)
-step = make_train_step(graphdefs, optimizer, schedule=schedule, **settings)
+step = make_train_step(
+    graphdefs, optimizer, schedule=schedule, distillation=distillation, **settings
+)
 evaluate = make_eval_step(graphdefs, **settings)
 data, losses = train_data(0), []
 for _ in range(20):
@@ -48,14 +54,14 @@ print(json.dumps({"losses": losses, "counts": counts, "compilations": step._cach
 """
 
 
-def first_losses(devices: int, bits: int = 32, fsdp: int = 1) -> dict:
+def first_losses(devices: int, bits: int = 32, fsdp: int = 1, distils: bool = False) -> dict:
     environment = os.environ | {
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     done = subprocess.run(
-        [sys.executable, "-c", FIRST_LOSSES, str(bits), str(fsdp)],
+        [sys.executable, "-c", FIRST_LOSSES, str(bits), str(fsdp), str(int(distils))],
         env=environment,
         capture_output=True,
         text=True,
@@ -65,9 +71,10 @@ def first_losses(devices: int, bits: int = 32, fsdp: int = 1) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("bits", [32, 4])
-def test_eight_devices_train_like_one(bits):
-    one, split = first_losses(1, bits), first_losses(8, bits, fsdp=4)
+@pytest.mark.parametrize(("bits", "distils"), [(32, False), (4, False), (4, True)])
+def test_eight_devices_train_like_one(bits, distils):
+    one = first_losses(1, bits, distils=distils)
+    split = first_losses(8, bits, fsdp=4, distils=distils)
     np.testing.assert_allclose(split["losses"], one["losses"], rtol=1e-4)
     assert split["counts"] == one["counts"] == [8, 3]
     assert split["compilations"] == one["compilations"] == 1
