@@ -118,7 +118,7 @@ def train(config: ConfigDict, folder: Workdir, started: float) -> dict[str, Any]
         # Model
         if config.get("retrains") and config.model.pretrained is None:
             raise ValueError("this recipe retrains a network: pass --config.model.pretrained=FILE")
-        model = build.quantised_model(config)
+        model, teacher = build.quantised_model(config), build.teacher(config)
         check_shards(model, examples)
         build.prepare_quantisers(
             model, config.quant, lambda count: tasks.training_inputs(task, config, count)
@@ -140,7 +140,7 @@ def train(config: ConfigDict, folder: Workdir, started: float) -> dict[str, Any]
         # State and steps
         graphdefs, state = create_state(model, optimizer, averages=config.average_decay > 0)
         distillation = None
-        if (teacher := build.teacher(config)) is not None:
+        if teacher is not None:
             distillation, state = taught(
                 state,
                 teacher,

@@ -1,12 +1,15 @@
 """Learning what another network answers, beside what the examples say."""
 
 import dataclasses
+import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from qat_jax.training.objective import Batch, Objective
-from qat_jax.training.state import TrainState, split_model
+from qat_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Distillation:
             count for more.
 
     Raises:
-        ValueError: the weight is no share above 0, or the temperature not positive.
+        ValueError: the weight is no share above 0, or the temperature not positive and finite.
     """
 
     teacher: nnx.GraphDef
@@ -33,12 +36,14 @@ class Distillation:
     def __post_init__(self) -> None:
         if not 0 < self.weight <= 1:
             raise ValueError(f"distillation.weight is {self.weight}: give a share from 0 to 1")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"distillation.temperature is {self.temperature}: give more than 0, such as 1"
             )
 
-    def losses(self, objective: Objective, outputs: Any, batch: Batch, arrays: Any) -> Any:
+    def losses(
+        self, objective: Objective, outputs: jax.Array, batch: Batch, arrays: Any
+    ) -> jax.Array:
         """The loss of each example, in nats: float32 [B].
 
         Args:
@@ -47,7 +52,7 @@ class Distillation:
             batch: the examples.
             arrays: the teacher's, as `taught` puts them into a state.
         """
-        teacher = nnx.capture(nnx.merge(self.teacher, *arrays))  # else what it sows were state
+        teacher = nnx.capture(nnx.merge(self.teacher, arrays))  # else what it sows were state
         answers = teacher(*objective.inputs(batch))
         from_teacher = objective.divergences(outputs, answers, batch, self.temperature)
         from_examples = objective.losses(outputs, batch)
@@ -57,7 +62,10 @@ class Distillation:
 def taught(
     state: TrainState, teacher: nnx.Module, *, weight: float, temperature: float = 1.0
 ) -> tuple[Distillation, TrainState]:
-    """A training state with the arrays of a teacher, and what makes a loss of them.
+    """What makes a loss of a teacher, and a training state with its own copy of its arrays.
+
+    The copy lets the training step donate its input without emptying the teacher, which is left in
+    evaluation mode.
 
     Args:
         state: the student's.
@@ -68,6 +76,7 @@ def taught(
     Raises:
         ValueError: see `Distillation`.
     """
-    graphdefs, *arrays = split_model(teacher)
-    distillation = Distillation(graphdefs.evaluation, weight, temperature)
-    return distillation, dataclasses.replace(state, teacher=tuple(arrays))
+    teacher.eval()
+    structure, arrays = nnx.split(teacher)
+    copies = jax.tree.map(jnp.copy, nnx.to_pure_dict(arrays))
+    return Distillation(structure, weight, temperature), dataclasses.replace(state, teacher=copies)

@@ -79,7 +79,6 @@ def test_a_step_descends_the_share_of_each(lab, teacher, weight):
     state, metrics = step(state, batch)
 
     model, images = lab.model(), lab.objective.normalise(batch["image"])
-    teacher.eval()
     answers = nnx.capture(teacher)(images)
 
     def loss_fn(model):
@@ -94,6 +93,17 @@ def test_a_step_descends_the_share_of_each(lab, teacher, weight):
     np.testing.assert_allclose(state.params["conv"]["kernel"], expected, rtol=1e-4, atol=1e-6)
     # The teacher stays as it is, its batch statistics too.
     jax.tree.map(np.testing.assert_array_equal, state.teacher, arrays)
+
+
+def test_a_teacher_is_not_emptied(lab, teacher):
+    step, state = step_and_state(lab, teacher, weight=0.5)
+    before = jax.device_get(nnx.to_pure_dict(nnx.state(teacher)))
+    batch = lab.devices.shard_batch(examples(0, 8))
+    for array in jax.tree.leaves(step.lower(state, batch).compile()(state, batch)[0].teacher):
+        array.delete()
+    after = jax.device_get(nnx.to_pure_dict(nnx.state(teacher)))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    assert teacher.norm.use_running_average  # as a teacher is asked
 
 
 def test_a_teacher_is_saved_and_taken_up_again(lab, teacher, tmp_path):
@@ -112,7 +122,7 @@ def test_a_weight_is_a_share(lab, teacher, weight):
         taught(lab.state(), teacher, weight=weight)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_temperature_is_positive(lab, teacher, temperature):
     with pytest.raises(ValueError, match="give more than 0, such as 1"):
         taught(lab.state(), teacher, weight=0.5, temperature=temperature)
