@@ -74,7 +74,7 @@ def predict(
 
 def _stacked(outputs: Sequence[np.ndarray]) -> np.ndarray:
     """[B, L, …] each to [N, the longest L, …]."""
-    shape = np.max([part.shape[1:] for part in outputs], axis=0)
+    shape = np.array([part.shape[1:] for part in outputs]).max(axis=0)
     missing = [[(0, 0), *((0, n) for n in shape - part.shape[1:])] for part in outputs]
     return np.concatenate([np.pad(*padded) for padded in zip(outputs, missing, strict=True)])
 
