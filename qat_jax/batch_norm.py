@@ -18,7 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
-from qat_jax.calibration import refuse_one_array
+from qat_jax.batches import refuse_one_array
 from qat_jax.nnx import copy_model, report
 from qat_jax.padding import keep_padding
 

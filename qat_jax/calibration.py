@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from qat_jax.array_file import read_arrays, write_arrays
+from qat_jax.batches import mean_candidates, mean_of_runs
 from qat_jax.granularity import Granularity, PerChannel, PerTensor, PerVector
 from qat_jax.nnx import (
     Candidate,
@@ -80,42 +81,11 @@ def calibrate(
             f"{', '.join(operand_quantizers(model)) or 'none, quantise the model first'}; "
             "activations need granularity PerTensor()"
         )
-    batches = positional(batches)
-    if pool:
-        batches = joined(batches)
-    observe = _observer(model)
-    total: dict[str, jax.Array] = {}
-    count = 0
-    for batch in batches:
-        count += 1
-        candidates = observe(*batch)
-        for path in quantizers:
-            if path in candidates:
-                _check_finite(candidates[path], path, count)
-                total[path] = total.get(path, 0) + candidates[path]
-    if not count:
-        raise ValueError("no batch to calibrate with: give at least one")
-    for path in total:
-        quantizers[path].threshold = Threshold(total[path] / count)
-    return tuple(total)
-
-
-def refuse_one_array(batches: Any) -> None:
-    """Raises ValueError if batches are one array, whose rows would be taken for batches."""
-    if isinstance(batches, jax.Array | np.ndarray):
-        raise ValueError("batches is one array: give a list of batches, [x] for one")
-
-
-def positional(batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
-    """Each batch as positional arguments. Raises ValueError as `refuse_one_array` does."""
-    refuse_one_array(batches)
-    return (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
-
-
-def joined(batches: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """All batches as one, along their first axes; none of none."""
-    parts = list(batches)
-    return [jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)] if parts else []
+    observe = _observer(model, quantizers)
+    found = mean_candidates(observe, batches, pool=pool)
+    for path, threshold in found.items():
+        quantizers[path].threshold = Threshold(threshold)
+    return tuple(found)
 
 
 def carry_thresholds(model: nnx.Module, *inputs: Any) -> tuple[str, ...]:
@@ -160,11 +130,10 @@ def carry_thresholds(model: nnx.Module, *inputs: Any) -> tuple[str, ...]:
             "no operand can carry thresholds: quantise the model with clipping Octav() and "
             "granularity PerTensor(), or PerChannel() for weights, and do not freeze them"
         )
-    candidates = _observer(model)(*inputs)
-    carrying = tuple(path for path in quantizers if path in candidates)
-    for path in carrying:
-        quantizers[path].carried = Carried(candidates[path])
-    return carrying
+    candidates = _observer(model, quantizers)(*inputs)
+    for path, candidate in candidates.items():
+        quantizers[path].carried = Carried(candidate)
+    return tuple(candidates)
 
 
 def save_thresholds(model: nnx.Module, path: str | Path) -> None:
@@ -265,27 +234,13 @@ def _fits(shape: tuple[int, ...], granularity: Granularity, kernel: tuple[int, .
     )
 
 
-def _mean(candidates: list[jax.Array]) -> jax.Array:
-    """Of a layer's runs, which may have been on arrays of other ranks."""
-    first = candidates[0]
-    return jnp.mean(jnp.stack([found.reshape(first.shape) for found in candidates]), axis=0)
-
-
-def _check_finite(candidate: jax.Array, path: str, batch: int) -> None:
-    if not np.isfinite(candidate).all():
-        raise ValueError(
-            f"{path} is not finite in batch {batch}: a threshold frozen to that would make NaN of "
-            "everything; look for NaN or infinity in the batch, or in what the model makes of it"
-        )
-
-
 def _outlives_a_batch(path: str, quantizer: OperandQuantizer) -> bool:
     """Whether the thresholds of an operand mean something for other batches than their own."""
     return is_weight(path) or isinstance(quantizer.quantizer.granularity, PerTensor)
 
 
-def _observer(model: nnx.Module) -> Callable[..., dict[str, jax.Array]]:
-    """The candidates of all operands for one batch; of a layer that runs again, their mean."""
+def _observer(model: nnx.Module, paths: Iterable[str]) -> Callable[..., dict[str, jax.Array]]:
+    """The candidates of operands for one batch, in the operands' order, if they have any."""
     graphdef, state = nnx.split(model)
 
     @jax.jit
@@ -294,6 +249,10 @@ def _observer(model: nnx.Module) -> Callable[..., dict[str, jax.Array]]:
         candidates = captured_in_evaluation(graphdef, state, Candidate, *inputs)
         for name, candidate in candidates.items():
             runs.setdefault(re.sub(r"/\d+$", "", name), []).append(candidate)
-        return {name: _mean(found) for name, found in runs.items()}
+        return {name: mean_of_runs(found) for name, found in runs.items()}
 
-    return lambda *inputs: observe(state, *inputs)
+    def in_order(*inputs: Any) -> dict[str, jax.Array]:
+        candidates = observe(state, *inputs)
+        return {path: candidates[path] for path in paths if path in candidates}
+
+    return in_order

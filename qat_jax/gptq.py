@@ -22,7 +22,7 @@ from flax import nnx
 from jax import lax
 
 from qat_jax import ops
-from qat_jax.calibration import joined, positional
+from qat_jax.batches import joined, positional
 from qat_jax.formats import Format
 from qat_jax.nnx import (
     LayerSite,

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from qat_jax import ops
-from qat_jax.calibration import positional
+from qat_jax.batches import positional
 from qat_jax.features import LayerInput, layer_inputs, matching, refuse_thresholds
 from qat_jax.nnx import Factors, Magnitude, captured_in_evaluation, in_all_runs
 

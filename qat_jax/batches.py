@@ -1,0 +1,68 @@
+"""Sample batches, and the thresholds that they suggest."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def refuse_one_array(batches: Any) -> None:
+    """Raises ValueError if batches are one array, whose rows would be taken for batches."""
+    if isinstance(batches, jax.Array | np.ndarray):
+        raise ValueError("batches is one array: give a list of batches, [x] for one")
+
+
+def positional(batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    """Each batch as positional arguments. Raises ValueError as `refuse_one_array` does."""
+    refuse_one_array(batches)
+    return (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
+
+
+def joined(batches: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """All batches as one, along their first axes; none of none."""
+    parts = list(batches)
+    return [jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)] if parts else []
+
+
+def mean_candidates(
+    observe: Callable[..., dict[str, jax.Array]], batches: Iterable[Any], *, pool: bool
+) -> dict[str, jax.Array]:
+    """The means of the thresholds that batches suggest, by operand.
+
+    Args:
+      observe: from a batch, as positional arguments, to candidates by operand.
+      batches: arrays, or tuples of positional arguments.
+      pool: join them to one.
+
+    Raises:
+      ValueError: there is no batch, or one that is not finite somewhere in the model.
+    """
+    batches = positional(batches)
+    if pool:
+        batches = joined(batches)
+    total: dict[str, jax.Array] = {}
+    count = 0
+    for batch in batches:
+        count += 1
+        for path, candidate in observe(*batch).items():
+            _check_finite(candidate, path, count)
+            total[path] = total.get(path, 0) + candidate
+    if not count:
+        raise ValueError("no batch to calibrate with: give at least one")
+    return {path: found / count for path, found in total.items()}
+
+
+def mean_of_runs(candidates: Sequence[jax.Array]) -> jax.Array:
+    """Of a layer's runs on one batch, which may have been on arrays of other ranks."""
+    shape = candidates[0].shape
+    return jnp.mean(jnp.stack([found.reshape(shape) for found in candidates]), axis=0)
+
+
+def _check_finite(candidate: jax.Array, path: str, batch: int) -> None:
+    if not np.isfinite(candidate).all():
+        raise ValueError(
+            f"{path} is not finite in batch {batch}: a threshold frozen to that would make NaN of "
+            "everything; look for NaN or infinity in the batch, or in what the model makes of it"
+        )

@@ -1,0 +1,74 @@
+"""What quantises one operand of one Linen layer, or only looks at it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from qat_jax.diagnostics import fake_quant_with_diagnostics
+from qat_jax.granularity import ChannelAxis, PerTensor, VectorAxis
+from qat_jax.padding import TOKENS, without_padding
+from qat_jax.quantizer import Quantizer, fake_quant
+
+# Collections of variables.
+DIAGNOSTICS = "diagnostics"
+THRESHOLDS = "thresholds"
+
+WEIGHTS = "weights"
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """Quantises an operand, and sows diagnostics if somebody wants them.
+
+    Attributes:
+      module: the layer, bound; it may have a frozen threshold for the operand.
+      quantizer: the description.
+      name: the operand's.
+      token_axes: its axes of examples and of positions, if it can have padding.
+    """
+
+    module: nn.Module
+    quantizer: Quantizer
+    name: str
+    token_axes: tuple[int, int] | None = TOKENS
+
+    def __call__(
+        self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
+    ) -> jax.Array:
+        """Fake quantisation of x."""
+        x = without_padding(x, self.token_axes)
+        settings: dict[str, Any] = {
+            "channel_axis": channel_axis,
+            "vector_axis": vector_axis,
+            "threshold": self.module.get_variable(THRESHOLDS, self.name),
+        }
+        if not self.module.is_mutable_collection(DIAGNOSTICS):
+            return fake_quant(x, self.quantizer, **settings)
+        x, diagnostics = fake_quant_with_diagnostics(x, self.quantizer, **settings)
+        self.module.sow(DIAGNOSTICS, self.name, diagnostics)
+        return x
+
+
+class Candidate(Operand):
+    """Quantises nothing, and sows the threshold that the clipping rule finds, if it can be frozen.
+
+    One of an activation's examples, tokens or vectors says nothing of other batches.
+    """
+
+    def __call__(
+        self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
+    ) -> jax.Array:
+        """X as it is, padding aside."""
+        x = without_padding(x, self.token_axes)
+        if self.name == WEIGHTS or isinstance(self.quantizer.granularity, PerTensor):
+            if not self.module.is_mutable_collection(THRESHOLDS):
+                raise ValueError(
+                    f"{'/'.join(self.module.path)} runs inside a transformation of Linen's that "
+                    f"leaves the collection {THRESHOLDS!r} out: name it beside 'params', as in "
+                    f"nn.scan(…, variable_axes={{'params': 0, {THRESHOLDS!r}: 0}})"
+                )
+            found = self.quantizer.threshold(x, channel_axis, vector_axis)
+            self.module.sow(THRESHOLDS, self.name, found)
+        return x

@@ -1,0 +1,171 @@
+"""What Linen's layers compute with while they run under a policy."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from qat_jax import ops
+from qat_jax.linen.operand import WEIGHTS, Operand
+from qat_jax.padding import QUERIES
+from qat_jax.policy import Rule
+
+ALONE = Rule(".*")
+ATTENTION = nn.MultiHeadDotProductAttention
+
+
+def interceptor(placed: Mapping[str, Rule], operand: type[Operand] = Operand) -> Callable[..., Any]:
+    """What gives layers their operations, for ``nn.intercept_methods``.
+
+    Args:
+      placed: the rule of each layer that has one, by the layer's path.
+      operand: what is made of each operand that a rule has a quantiser for.
+    """
+
+    def intercept(call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
+        module = context.module
+        rule = placed.get("/".join(module.path), ALONE)
+        kind = kind_of(module)
+        alone = rule.weights is None and rule.activations is None
+        if context.method_name != "__call__" or kind is None or alone:
+            return call(*args, **kwargs)
+        fields = _REPLACEMENTS[kind](_Layer(module, rule, operand, args, kwargs))
+        before = {field: getattr(module, field) for field in fields}
+        # The bound copy that Linen made for this run, never the user's own object.
+        try:
+            for field, value in fields.items():
+                object.__setattr__(module, field, value)
+            return call(*args, **kwargs)
+        finally:
+            for field, value in before.items():
+                object.__setattr__(module, field, value)
+
+    return intercept
+
+
+def kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """The layer type among those that can be quantised."""
+    return next((kind for kind in _REPLACEMENTS if isinstance(module, kind)), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A layer that is being called.
+
+    Attributes:
+      module: the layer, bound.
+      rule: its rule.
+      operand: what is made of its operands.
+      args: what it is called with.
+      kwargs: the same, by name.
+    """
+
+    module: Any
+    rule: Rule
+    operand: type[Operand]
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def operands(self) -> tuple[Operand | None, Operand | None]:
+        """Those that quantise its input and its kernel."""
+        activations, weights = self.rule.activations, self.rule.weights
+        return (
+            None if activations is None else self.operand(self.module, activations, "activations"),
+            None if weights is None else self.operand(self.module, weights, WEIGHTS, None),
+        )
+
+
+def _dot_general(layer: _Layer) -> dict[str, Any]:
+    lhs, rhs = layer.operands()
+    return {"dot_general": functools.partial(ops.dot_general, lhs=lhs, rhs=rhs)}
+
+
+def _conv(layer: _Layer) -> dict[str, Any]:
+    lhs, rhs = layer.operands()
+    return {"conv_general_dilated": functools.partial(ops.conv_general_dilated, lhs=lhs, rhs=rhs)}
+
+
+def _conv_transpose(layer: _Layer) -> dict[str, Any]:
+    # Transposed, a kernel's last two axes are (out, in) instead of (in, out).
+    kernel_axis = -2 if layer.module.transpose_kernel else -1
+    input_features = ops.OperandAxes((0,), (-1,))
+    kernel = ops.OperandAxes((kernel_axis,), (-3 - kernel_axis,))
+    return _promotion(layer, lambda x, w: (input_features, kernel))
+
+
+def _einsum(layer: _Layer) -> dict[str, Any]:
+    given = layer.kwargs.get("einsum_str", layer.args[1] if len(layer.args) > 1 else None)
+    subscripts = given or layer.module.einsum_str
+    return _promotion(layer, lambda x, w: ops.operand_axes(subscripts, x.ndim, w.ndim))
+
+
+def _attention(layer: _Layer) -> dict[str, Any]:
+    quantizer = layer.rule.activations
+    if quantizer is None:
+        return {}
+    # "query" is the name of a sublayer.
+    query = layer.operand(layer.module, quantizer, "query_operand")
+    key = layer.operand(layer.module, quantizer, "key_operand")
+    weights = layer.operand(layer.module, quantizer, "attention_weights_operand", QUERIES)
+    value = layer.operand(layer.module, quantizer, "value_operand")
+
+    @functools.wraps(nn.dot_product_attention)  # the layer passes what the signature names
+    def attention(
+        *args: Any,
+        precision: Any = None,
+        qk_attn_weights_einsum: None = None,
+        attn_weights_value_einsum: None = None,
+        **kwargs: Any,
+    ) -> jax.Array:
+        del qk_attn_weights_einsum, attn_weights_value_einsum
+        einsum = functools.partial(ops.einsum, precision=precision)
+        kwargs["qk_attn_weights_einsum"] = functools.partial(einsum, lhs=query, rhs=key)
+        kwargs["attn_weights_value_einsum"] = functools.partial(einsum, lhs=weights, rhs=value)
+        return nn.dot_product_attention(*args, **kwargs)
+
+    return {"attention_fn": attention}
+
+
+def _promotion(layer: _Layer, axes: Callable[..., tuple]) -> dict[str, Any]:
+    promote = layer.module.promote_dtype
+    if isinstance(promote, _Promotion):  # of the call around this one, such as a subclass's
+        promote = promote.promote
+    return {"promote_dtype": _Promotion(promote, *layer.operands(), axes)}
+
+
+# The fields that take quantised operations.
+_REPLACEMENTS: dict[type[nn.Module], Callable[[_Layer], dict[str, Any]]] = {
+    nn.Dense: _dot_general,
+    nn.DenseGeneral: _dot_general,
+    nn.Conv: _conv,
+    nn.ConvTranspose: _conv_transpose,
+    nn.Einsum: _einsum,
+    ATTENTION: _attention,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Promotion:
+    """Quantises input and kernel where a layer promotes them to a common dtype.
+
+    Attributes:
+      promote: the layer's own promotion.
+      lhs: quantiser of the input, or None.
+      rhs: quantiser of the kernel, or None.
+      axes: (input, kernel) -> the axes of each.
+    """
+
+    promote: Callable[..., tuple]
+    lhs: Operand | None
+    rhs: Operand | None
+    axes: Callable[[jax.Array, jax.Array], tuple[ops.OperandAxes, ops.OperandAxes]]
+
+    def __call__(self, *arrays: Any, **kwargs: Any) -> tuple:
+        x, kernel, bias = self.promote(*arrays, **kwargs)
+        x_axes, kernel_axes = self.axes(x, kernel)
+        x = x if self.lhs is None else self.lhs(x, *x_axes)
+        kernel = kernel if self.rhs is None else self.rhs(kernel, *kernel_axes)
+        return x, kernel, bias
