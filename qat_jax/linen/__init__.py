@@ -7,6 +7,7 @@ calibration  thresholds from sample batches, among the model's variables
 """
 
 from qat_jax.linen.calibration import calibrate
+from qat_jax.linen.gptq import gptq
 from qat_jax.linen.model import QuantizedModel, quantize_model
 
-__all__ = ["QuantizedModel", "calibrate", "quantize_model"]
+__all__ = ["QuantizedModel", "calibrate", "gptq", "quantize_model"]

@@ -11,7 +11,9 @@ from flax import traverse_util
 from qat_jax.batches import mean_candidates, mean_of_runs
 from qat_jax.linen.model import QuantizedModel
 from qat_jax.linen.operand import THRESHOLDS, Candidate
-from qat_jax.linen.operations import interceptor
+from qat_jax.linen.operations import LayerCall, interceptor
+from qat_jax.padding import TOKENS
+from qat_jax.quantizer import Quantizer
 
 
 def calibrate(
@@ -67,7 +69,7 @@ def calibrate(
 
     @jax.jit
     def observe(others: Mapping[str, Any], *inputs: Any) -> dict[str, jax.Array]:
-        with nn.intercept_methods(interceptor(model.placed, Candidate)):
+        with nn.intercept_methods(interceptor(model.placed, _Observed)):
             _, sown = model.module.apply(others, *inputs, mutable=[THRESHOLDS], **kwargs)
         candidates = traverse_util.flatten_dict(sown.get(THRESHOLDS, {}), sep="/")
         chosen = [path for path in candidates if re.fullmatch(operands, path)]
@@ -80,3 +82,12 @@ def calibrate(
 
     found = mean_candidates(lambda *inputs: observe(others, *inputs), batches, pool=pool)
     return others | {THRESHOLDS: traverse_util.unflatten_dict(frozen | found, sep="/")}
+
+
+class _Observed(LayerCall):
+    """A layer that quantises nothing, and of whose operands thresholds are found."""
+
+    def operand(
+        self, quantizer: Quantizer, name: str, token_axes: tuple[int, int] | None = TOKENS
+    ) -> Candidate:
+        return Candidate(self.module, quantizer, name, token_axes)

@@ -10,19 +10,63 @@ from flax import linen as nn
 
 from qat_jax import ops
 from qat_jax.linen.operand import WEIGHTS, Operand
-from qat_jax.padding import QUERIES
+from qat_jax.padding import QUERIES, TOKENS
 from qat_jax.policy import Rule
+from qat_jax.quantizer import Quantizer
 
 ALONE = Rule(".*")
 ATTENTION = nn.MultiHeadDotProductAttention
 
 
-def interceptor(placed: Mapping[str, Rule], operand: type[Operand] = Operand) -> Callable[..., Any]:
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """A layer that is being called, and what it computes with.
+
+    Attributes:
+      module: the layer, bound.
+      rule: its rule.
+      args: what it is called with.
+      kwargs: the same, by name.
+    """
+
+    module: Any
+    rule: Rule
+    args: tuple
+    kwargs: dict[str, Any]
+
+    @property
+    def path(self) -> str:
+        """The layer's."""
+        return "/".join(self.module.path)
+
+    def operand(
+        self, quantizer: Quantizer, name: str, token_axes: tuple[int, int] | None = TOKENS
+    ) -> ops.QuantizeFn:
+        """What is made of an operand that the rule has a quantiser for."""
+        return Operand(self.module, quantizer, name, token_axes)
+
+    def operands(self) -> tuple[ops.QuantizeFn | None, ops.QuantizeFn | None]:
+        """What is made of the layer's input and kernel."""
+        activations, weights = self.rule.activations, self.rule.weights
+        return (
+            None if activations is None else self.operand(activations, "activations"),
+            None if weights is None else self.operand(weights, WEIGHTS, None),
+        )
+
+    def operation(self, op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        """An operation of `ops` with these."""
+        lhs, rhs = self.operands()
+        return functools.partial(op, lhs=lhs, rhs=rhs)
+
+
+def interceptor(
+    placed: Mapping[str, Rule], layer_call: Callable[..., LayerCall] = LayerCall
+) -> Callable[..., Any]:
     """What gives layers their operations, for ``nn.intercept_methods``.
 
     Args:
       placed: the rule of each layer that has one, by the layer's path.
-      operand: what is made of each operand that a rule has a quantiser for.
+      layer_call: makes what a layer computes with of its module, rule and arguments.
     """
 
     def intercept(call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
@@ -32,7 +76,7 @@ def interceptor(placed: Mapping[str, Rule], operand: type[Operand] = Operand) ->
         alone = rule.weights is None and rule.activations is None
         if context.method_name != "__call__" or kind is None or alone:
             return call(*args, **kwargs)
-        fields = _REPLACEMENTS[kind](_Layer(module, rule, operand, args, kwargs))
+        fields = _REPLACEMENTS[kind](layer_call(module, rule, args, kwargs))
         before = {field: getattr(module, field) for field in fields}
         # The bound copy that Linen made for this run, never the user's own object.
         try:
@@ -51,44 +95,15 @@ def kind_of(module: nn.Module) -> type[nn.Module] | None:
     return next((kind for kind in _REPLACEMENTS if isinstance(module, kind)), None)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    """A layer that is being called.
-
-    Attributes:
-      module: the layer, bound.
-      rule: its rule.
-      operand: what is made of its operands.
-      args: what it is called with.
-      kwargs: the same, by name.
-    """
-
-    module: Any
-    rule: Rule
-    operand: type[Operand]
-    args: tuple
-    kwargs: dict[str, Any]
-
-    def operands(self) -> tuple[Operand | None, Operand | None]:
-        """Those that quantise its input and its kernel."""
-        activations, weights = self.rule.activations, self.rule.weights
-        return (
-            None if activations is None else self.operand(self.module, activations, "activations"),
-            None if weights is None else self.operand(self.module, weights, WEIGHTS, None),
-        )
+def _dot_general(layer: LayerCall) -> dict[str, Any]:
+    return {"dot_general": layer.operation(ops.dot_general)}
 
 
-def _dot_general(layer: _Layer) -> dict[str, Any]:
-    lhs, rhs = layer.operands()
-    return {"dot_general": functools.partial(ops.dot_general, lhs=lhs, rhs=rhs)}
+def _conv(layer: LayerCall) -> dict[str, Any]:
+    return {"conv_general_dilated": layer.operation(ops.conv_general_dilated)}
 
 
-def _conv(layer: _Layer) -> dict[str, Any]:
-    lhs, rhs = layer.operands()
-    return {"conv_general_dilated": functools.partial(ops.conv_general_dilated, lhs=lhs, rhs=rhs)}
-
-
-def _conv_transpose(layer: _Layer) -> dict[str, Any]:
+def _conv_transpose(layer: LayerCall) -> dict[str, Any]:
     # Transposed, a kernel's last two axes are (out, in) instead of (in, out).
     kernel_axis = -2 if layer.module.transpose_kernel else -1
     input_features = ops.OperandAxes((0,), (-1,))
@@ -96,21 +111,21 @@ def _conv_transpose(layer: _Layer) -> dict[str, Any]:
     return _promotion(layer, lambda x, w: (input_features, kernel))
 
 
-def _einsum(layer: _Layer) -> dict[str, Any]:
+def _einsum(layer: LayerCall) -> dict[str, Any]:
     given = layer.kwargs.get("einsum_str", layer.args[1] if len(layer.args) > 1 else None)
     subscripts = given or layer.module.einsum_str
     return _promotion(layer, lambda x, w: ops.operand_axes(subscripts, x.ndim, w.ndim))
 
 
-def _attention(layer: _Layer) -> dict[str, Any]:
+def _attention(layer: LayerCall) -> dict[str, Any]:
     quantizer = layer.rule.activations
     if quantizer is None:
         return {}
     # "query" is the name of a sublayer.
-    query = layer.operand(layer.module, quantizer, "query_operand")
-    key = layer.operand(layer.module, quantizer, "key_operand")
-    weights = layer.operand(layer.module, quantizer, "attention_weights_operand", QUERIES)
-    value = layer.operand(layer.module, quantizer, "value_operand")
+    query = layer.operand(quantizer, "query_operand")
+    key = layer.operand(quantizer, "key_operand")
+    weights = layer.operand(quantizer, "attention_weights_operand", QUERIES)
+    value = layer.operand(quantizer, "value_operand")
 
     @functools.wraps(nn.dot_product_attention)  # the layer passes what the signature names
     def attention(
@@ -129,7 +144,7 @@ def _attention(layer: _Layer) -> dict[str, Any]:
     return {"attention_fn": attention}
 
 
-def _promotion(layer: _Layer, axes: Callable[..., tuple]) -> dict[str, Any]:
+def _promotion(layer: LayerCall, axes: Callable[..., tuple]) -> dict[str, Any]:
     promote = layer.module.promote_dtype
     if isinstance(promote, _Promotion):  # of the call around this one, such as a subclass's
         promote = promote.promote
@@ -137,7 +152,7 @@ def _promotion(layer: _Layer, axes: Callable[..., tuple]) -> dict[str, Any]:
 
 
 # The fields that take quantised operations.
-_REPLACEMENTS: dict[type[nn.Module], Callable[[_Layer], dict[str, Any]]] = {
+_REPLACEMENTS: dict[type[nn.Module], Callable[[LayerCall], dict[str, Any]]] = {
     nn.Dense: _dot_general,
     nn.DenseGeneral: _dot_general,
     nn.Conv: _conv,
@@ -159,8 +174,8 @@ class _Promotion:
     """
 
     promote: Callable[..., tuple]
-    lhs: Operand | None
-    rhs: Operand | None
+    lhs: ops.QuantizeFn | None
+    rhs: ops.QuantizeFn | None
     axes: Callable[[jax.Array, jax.Array], tuple[ops.OperandAxes, ops.OperandAxes]]
 
     def __call__(self, *arrays: Any, **kwargs: Any) -> tuple:
