@@ -93,6 +93,8 @@ accelerator for longer than minutes; the counterparts are smaller networks on fe
   learning rate of 0.05:
   [`qat_cifar10_resnet20_held_out.md`](qat_cifar10_resnet20_held_out.md), and with thresholds
   learned by LSQ's gradient, [`qat_cifar10_resnet20_learned.md`](qat_cifar10_resnet20_learned.md).
+  Taught by the float network instead of the labels it has as much after the epoch:
+  [`qat_cifar10_resnet20_distilled.md`](qat_cifar10_resnet20_distilled.md).
   From scratch, the first
   epoch only, in float and at 4, 3 and 2 bits: 47.9, 49.5, 46.4 and 44.9, and 28.6 at 2 bits by the
   maximum, [`qat_cifar10_resnet20_scratch.md`](qat_cifar10_resnet20_scratch.md). Handwritten digits,
