@@ -106,13 +106,12 @@ class _RoundingCall(LayerCall):
 
     def operation(self, op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         path = f"{self.path}/{WEIGHTS}".lstrip("/")
-        quantizer = self.rule.weights
-        if quantizer is None or not can_be_rounded(op):
+        lhs, weights = self.operands()
+        if weights is None or not can_be_rounded(op):
             return super().operation(op)
         if not re.fullmatch(self.chosen, path):
             self.left.append(path)
             return super().operation(op)
-        lhs, _weights = self.operands()
 
         def rounding(x: jax.Array, w: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
             if path not in self.done:
@@ -122,8 +121,8 @@ class _RoundingCall(LayerCall):
                     w,
                     *args,
                     lhs=lhs,
-                    quantizer=quantizer,
-                    threshold=self.module.get_variable(THRESHOLDS, WEIGHTS),
+                    quantizer=weights.quantizer,
+                    threshold=weights.frozen,
                     damping=self.damping,
                     layer=self.path,
                     **kwargs,

@@ -16,7 +16,7 @@ from flax import nnx, traverse_util
 from jax import lax
 
 from qat_jax.linen.operand import THRESHOLDS
-from qat_jax.linen.operations import ALONE, ATTENTION, interceptor, kind_of
+from qat_jax.linen.operations import ALONE, ATTENTION, LayerCall, interceptor, kind_of
 from qat_jax.policy import Policy, Rule, preset_for_layers
 from qat_jax.report import LayerReport, Report, Rest
 
@@ -33,11 +33,13 @@ class QuantizedModel:
       module: the model as it was given.
       placed: the rule of each layer that has one, by the layer's path.
       report: what each layer got; prints as a table.
+      layer_call: makes what a layer computes with.
     """
 
     module: nn.Module
     placed: Mapping[str, Rule]
     report: Report
+    layer_call: Callable[..., LayerCall] = LayerCall
 
     def __repr__(self) -> str:
         return f"{self._name}\n{self.report}"
@@ -66,7 +68,7 @@ class QuantizedModel:
                     f"the variables have thresholds for {path!r}, which the model does not "
                     "quantise: quantise it with the policy that was calibrated"
                 )
-        with nn.intercept_methods(interceptor(self.placed)):
+        with nn.intercept_methods(interceptor(self.placed, self.layer_call)):
             return self.module.apply(variables, *args, **kwargs)
 
 

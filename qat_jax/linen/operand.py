@@ -4,10 +4,12 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from qat_jax.diagnostics import fake_quant_with_diagnostics
 from qat_jax.granularity import ChannelAxis, PerTensor, VectorAxis
+from qat_jax.lsq import balanced_threshold
 from qat_jax.padding import TOKENS, without_padding
 from qat_jax.quantizer import Quantizer, fake_quant
 
@@ -27,23 +29,32 @@ class Operand:
       quantizer: the description.
       name: the operand's.
       token_axes: its axes of examples and of positions, if it can have padding.
+      learned: whether a frozen threshold has a gradient, that of LSQ.
     """
 
     module: nn.Module
     quantizer: Quantizer
     name: str
     token_axes: tuple[int, int] | None = TOKENS
+    learned: bool = False
+
+    @property
+    def frozen(self) -> jax.Array | None:
+        """The thresholds that the layer has; None: they are found in each call."""
+        threshold: jax.Array | None = self.module.get_variable(THRESHOLDS, self.name)
+        # Where a step of training takes one across 0, it goes on from the other side.
+        return None if threshold is None else jnp.abs(threshold)
 
     def __call__(
         self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
     ) -> jax.Array:
         """Fake quantisation of x."""
         x = without_padding(x, self.token_axes)
-        settings: dict[str, Any] = {
-            "channel_axis": channel_axis,
-            "vector_axis": vector_axis,
-            "threshold": self.module.get_variable(THRESHOLDS, self.name),
-        }
+        settings: dict[str, Any] = {"channel_axis": channel_axis, "vector_axis": vector_axis}
+        if (frozen := self.frozen) is not None:
+            if self.learned:
+                frozen = balanced_threshold(frozen, x, self.quantizer, self.token_axes)
+            settings |= {"threshold": frozen, "learned": self.learned}
         if not self.module.is_mutable_collection(DIAGNOSTICS):
             return fake_quant(x, self.quantizer, **settings)
         x, diagnostics = fake_quant_with_diagnostics(x, self.quantizer, **settings)

@@ -41,11 +41,11 @@ class LayerCall:
 
     def operand(
         self, quantizer: Quantizer, name: str, token_axes: tuple[int, int] | None = TOKENS
-    ) -> ops.QuantizeFn:
+    ) -> Operand:
         """What is made of an operand that the rule has a quantiser for."""
         return Operand(self.module, quantizer, name, token_axes)
 
-    def operands(self) -> tuple[ops.QuantizeFn | None, ops.QuantizeFn | None]:
+    def operands(self) -> tuple[Operand | None, Operand | None]:
         """What is made of the layer's input and kernel."""
         activations, weights = self.rule.activations, self.rule.weights
         return (
@@ -174,8 +174,8 @@ class _Promotion:
     """
 
     promote: Callable[..., tuple]
-    lhs: ops.QuantizeFn | None
-    rhs: ops.QuantizeFn | None
+    lhs: Operand | None
+    rhs: Operand | None
     axes: Callable[[jax.Array, jax.Array], tuple[ops.OperandAxes, ops.OperandAxes]]
 
     def __call__(self, *arrays: Any, **kwargs: Any) -> tuple:

@@ -1,6 +1,5 @@
 """The module that quantises one operand of one layer, and what it holds or sows."""
 
-import math
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ from flax import nnx
 from qat_jax.diagnostics import fake_quant_with_diagnostics
 from qat_jax.display import DescribedQuantizer
 from qat_jax.granularity import ChannelAxis, VectorAxis, normalize_axes
+from qat_jax.lsq import balanced_threshold
 from qat_jax.ops import other_axes
 from qat_jax.padding import TOKENS, without_padding
 from qat_jax.quantizer import QTensor, Quantizer, fake_quant, quantize
@@ -126,7 +126,8 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
         if _captures(self, Codes):
             self.sow(Codes, "codes", quantize(x, self.quantizer, **axes))
         if isinstance(self.threshold, Learned):
-            axes |= {"threshold": self._balanced(threshold, x), "learned": True}
+            axes["threshold"] = balanced_threshold(threshold, x, self.quantizer, self.token_axes)
+            axes["learned"] = True
         if not _captures(self, Diagnostic):
             return fake_quant(x, self.quantizer, **axes)
         x, diagnostics = fake_quant_with_diagnostics(x, self.quantizer, **axes)
@@ -142,19 +143,6 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
         found = threshold.reshape(before.shape)  # an example alone has fewer axes than a batch
         self.carried.set_value(jnp.where(jnp.isfinite(found), found, before))
         return threshold
-
-    def _balanced(self, threshold: jax.Array, x: jax.Array) -> jax.Array:
-        """Thresholds whose gradient lets gradient descent change steps s/L as LSQ does.
-
-        LSQ divides the gradient of a step by sqrt(N L), for N numbers that share it, so that steps
-        and weights move by like shares of themselves (arXiv:1902.08153, section 2.2). Of a
-        threshold that is the gradient times L² / sqrt(N L). N is of one example.
-        """
-        steps = self.quantizer.format.grid(x).steps
-        numbers = x.size if self.token_axes is None else math.prod(x.shape[1:])  # weights: all
-        factor = steps**1.5 / math.sqrt(numbers / threshold.size)
-        constant = jax.lax.stop_gradient(threshold)
-        return constant + factor * (threshold - constant)
 
     def quantized(
         self, x: jax.Array, channel_axis: ChannelAxis = None, vector_axis: VectorAxis = None
