@@ -131,8 +131,8 @@ accelerator for longer than minutes; the counterparts are smaller networks on fe
   of attention, they have 65.2 at 4/4 untrained, and no more by a third epoch, through quantisers:
   64.6, the loss of the held-out questions rising. Taught by the float network instead, three
   tenths of an epoch lead from 65.2 to 66.4, of 70.5,
-  [`squad_minilm_256_distilled.md`](squad_minilm_256_distilled.md). Both epochs through these quantisers, as in the
-  paper, end at 61.9,
+  [`squad_minilm_256_distilled.md`](squad_minilm_256_distilled.md). Both epochs through these
+  quantisers, as in the paper, end at 61.9,
   [`squad_minilm_256_from_encoder.md`](squad_minilm_256_from_encoder.md). At 1e-4, fine-tuned in
   float for 1.5 epochs: F1 68.2, exact match 57.3 on 2,485 held-out questions,
   [`squad_minilm.md`](squad_minilm.md); another epoch adds 0.3
