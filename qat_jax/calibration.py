@@ -240,7 +240,7 @@ def _outlives_a_batch(path: str, quantizer: OperandQuantizer) -> bool:
 
 
 def _observer(model: nnx.Module, paths: Iterable[str]) -> Callable[..., dict[str, jax.Array]]:
-    """The candidates of operands for one batch, in the operands' order, if they have any."""
+    """Those operands' candidates in a batch, in that order, if they run; means over their runs."""
     graphdef, state = nnx.split(model)
 
     @jax.jit

@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from qat_jax.batches import mean_candidates, mean_of_runs
 from qat_jax.linen.model import QuantizedModel
-from qat_jax.linen.operand import THRESHOLDS, Candidate
+from qat_jax.linen.operand import THRESHOLDS, Candidate, frozen_thresholds
 from qat_jax.linen.operations import LayerCall, interceptor
 from qat_jax.padding import TOKENS
 from qat_jax.quantizer import Quantizer
@@ -64,7 +64,7 @@ def calibrate(
       >>> variables["thresholds"]["activations"]
       Array([[2.]], dtype=float32)
     """
-    frozen = traverse_util.flatten_dict(variables.get(THRESHOLDS, {}), sep="/")
+    frozen = frozen_thresholds(variables)
     others = {name: value for name, value in variables.items() if name != THRESHOLDS}
 
     @jax.jit

@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from qat_jax.batches import joined, positional
 from qat_jax.linen.model import QuantizedModel
-from qat_jax.linen.operand import THRESHOLDS, WEIGHTS
+from qat_jax.linen.operand import THRESHOLDS, WEIGHTS, frozen_thresholds
 from qat_jax.linen.operations import LayerCall, interceptor
 from qat_jax.rounding import RoundedKernel, can_be_rounded, rounded_kernel
 
@@ -76,7 +76,7 @@ def gptq(
             f"{kernels or 'none, quantise weights of dense or convolutional layers'}"
         )
     parameters = traverse_util.flatten_dict(variables["params"], sep="/")
-    thresholds = traverse_util.flatten_dict(variables.get(THRESHOLDS, {}), sep="/")
+    thresholds = frozen_thresholds(variables)
     for path, (kernel, threshold) in done.items():
         name = path.removesuffix(WEIGHTS) + "kernel"
         parameters[name] = _with_value(parameters[name], kernel)
@@ -105,7 +105,7 @@ class _RoundingCall(LayerCall):
     left: list[str]
 
     def operation(self, op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        path = f"{self.path}/{WEIGHTS}".lstrip("/")
+        path = self.path_of(WEIGHTS)
         lhs, weights = self.operands()
         if weights is None or not can_be_rounded(op):
             return super().operation(op)

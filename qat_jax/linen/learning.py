@@ -6,10 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flax import traverse_util
-
 from qat_jax.linen.model import QuantizedModel
-from qat_jax.linen.operand import THRESHOLDS, Operand
+from qat_jax.linen.operand import Operand, frozen_thresholds
 from qat_jax.linen.operations import LayerCall
 from qat_jax.padding import TOKENS
 from qat_jax.quantizer import Quantizer
@@ -47,7 +45,7 @@ def learn_thresholds(
       >>> {name: bool((g != 0).any()) for name, g in gradient["thresholds"].items()}
       {'activations': True, 'weights': False}
     """
-    frozen = traverse_util.flatten_dict(variables.get(THRESHOLDS, {}), sep="/")
+    frozen = frozen_thresholds(variables)
     if not any(re.fullmatch(operands, path) for path in frozen):
         raise ValueError(
             f"no frozen threshold to learn matches {operands!r}: there are "
@@ -69,5 +67,5 @@ class _LearningCall(LayerCall):
     def operand(
         self, quantizer: Quantizer, name: str, token_axes: tuple[int, int] | None = TOKENS
     ) -> Operand:
-        learned = re.fullmatch(self.learned, f"{self.path}/{name}".lstrip("/")) is not None
+        learned = re.fullmatch(self.learned, self.path_of(name)) is not None
         return Operand(self.module, quantizer, name, token_axes, learned)

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 from jax import lax
 
-from qat_jax.linen.operand import THRESHOLDS
+from qat_jax.linen.operand import frozen_thresholds
 from qat_jax.linen.operations import ALONE, ATTENTION, LayerCall, interceptor, kind_of
 from qat_jax.policy import Policy, Rule, preset_for_layers
 from qat_jax.report import LayerReport, Report, Rest
@@ -61,8 +61,7 @@ class QuantizedModel:
         Raises:
           ValueError: there are thresholds of a layer that the policy leaves alone.
         """
-        frozen = traverse_util.flatten_dict(variables.get(THRESHOLDS, {}), sep="/")
-        for path in frozen:
+        for path in frozen_thresholds(variables):
             if path.rpartition("/")[0] not in self.placed:
                 raise ValueError(
                     f"the variables have thresholds for {path!r}, which the model does not "

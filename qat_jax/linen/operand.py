@@ -1,11 +1,13 @@
 """What quantises one operand of one Linen layer, or only looks at it."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import traverse_util
 
 from qat_jax.diagnostics import fake_quant_with_diagnostics
 from qat_jax.granularity import ChannelAxis, PerTensor, VectorAxis
@@ -18,6 +20,11 @@ DIAGNOSTICS = "diagnostics"
 THRESHOLDS = "thresholds"
 
 WEIGHTS = "weights"
+
+
+def frozen_thresholds(variables: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The thresholds among a model's variables, by the operand's path."""
+    return traverse_util.flatten_dict(variables.get(THRESHOLDS, {}), sep="/")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,10 @@ class LayerCall:
         """The layer's."""
         return "/".join(self.module.path)
 
+    def path_of(self, operand: str) -> str:
+        """An operand's."""
+        return "/".join((*self.module.path, operand))
+
     def operand(
         self, quantizer: Quantizer, name: str, token_axes: tuple[int, int] | None = TOKENS
     ) -> Operand:
