@@ -17,6 +17,9 @@ from jax import lax
 
 State = TypeVar("State")
 
+# What is sorted again and again.
+_PAIR = np.array([0, np.iinfo(np.int32).max], np.int32)
+
 
 def while_loop(
     unfinished: Callable[[jax.Array, State], jax.Array],
@@ -36,16 +39,15 @@ def while_loop(
     """
 
     def counted(carry: tuple[jax.Array, jax.Array, State]) -> tuple[jax.Array, jax.Array, State]:
-        i, _, state = carry
-        same = lax.platform_dependent(i, cpu=_sorted_out, default=lambda i: i)
-        return i + 1, same, step(i, state)
+        i, pair, state = carry
+        pair = lax.platform_dependent(pair, cpu=_sorted, default=lambda pair: pair)
+        return i + 1, pair, step(i, state)
 
-    zero = jnp.int32(0)
-    _, last, state = lax.while_loop(
-        lambda carry: unfinished(carry[0], carry[2]), counted, (zero, zero, state)
+    _, pair, state = lax.while_loop(
+        lambda carry: unfinished(carry[0], carry[2]), counted, (jnp.int32(0), _PAIR, state)
     )
     # Never negative, which XLA does not know: it would remove a sort that nothing depends on.
-    return jax.tree.map(lambda leaf: jnp.where(last < 0, jnp.zeros_like(leaf), leaf), state)
+    return jax.tree.map(lambda leaf: jnp.where(pair[0] < 0, jnp.zeros_like(leaf), leaf), state)
 
 
 def repeat(count: int, step: Callable[[jax.Array, State], State], state: State) -> State:
@@ -53,6 +55,5 @@ def repeat(count: int, step: Callable[[jax.Array, State], State], state: State) 
     return while_loop(lambda i, _: i < count, step, state)
 
 
-def _sorted_out(i: jax.Array) -> jax.Array:
-    """Any int32 as it is."""
-    return lax.sort(jnp.stack([i, np.int32(np.iinfo(np.int32).max)]), is_stable=False)[0]
+def _sorted(pair: jax.Array) -> jax.Array:
+    return lax.sort(pair, is_stable=False)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -236,22 +236,22 @@ class _Problem(NamedTuple):
         """
         start = jnp.where(jnp.isfinite(start), start, 0) + self.zeros
 
-        def unsettled(i: jax.Array, carry: tuple[Any, ...]) -> jax.Array:
-            s, last, _ = carry
+        def unsettled(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+            s, last = carry
             return (i == 0) | ((i < _SETTLING) & ~settled(s, last, self.c))
 
-        def newton(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            s, _, led = carry
+        def newton(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            s, last = carry
             found, above, inside = self.newton(s)
-            led = led | (above != 0)
-            # Beyond all elements no iteration leads down.
+            # Beyond all elements no iteration leads down: half the start first, then the beginning.
+            beyond = (above == 0) & ((i == 0) | ((i == 1) & (s == last / 2)))
             lower = jnp.where((i == 0) & (inside > 0), s / 2, 0)
-            return jnp.where(led, found, lower), s, led
+            return jnp.where(beyond, lower, found), s
 
-        carry: tuple[Any, ...] = (start, start, self.zeros != 0)
+        carry = start, start
         for i in range(ahead):
             carry = newton(jnp.int32(i), carry)
-        s, _, _ = while_loop(
+        s, _ = while_loop(
             lambda i, carry: unsettled(i + ahead, carry),
             lambda i, carry: newton(i + ahead, carry),
             carry,
