@@ -39,17 +39,21 @@ losses = [float(step(model, optimizer, images, target)) for _ in range(5)]
 assert losses[-1] < losses[0], losses
 assert "int4" in repr(model.body), model.body
 
-import importlib.util, pathlib, sys
+import importlib, importlib.util, pathlib, sys
 
 package = pathlib.Path(qj.__file__)
 assert package.is_relative_to(sys.prefix), package
 assert (package.parent / "py.typed").is_file()
 for name in ("experiments", "configs", "tests"):
     assert importlib.util.find_spec(name) is None, f"{name} came with the wheel"
-try:
-    import qat_jax.export.onnx
-except ModuleNotFoundError as error:
-    assert "qat_jax[export]" in str(error), error
+extras = {"export.onnx": "export", "data": "experiments", "training": "experiments"}
+for room, extra in extras.items():
+    try:
+        importlib.import_module(f"qat_jax.{room}")
+    except ModuleNotFoundError as error:
+        assert f"qat_jax[{extra}]" in str(error), error
+    else:
+        raise AssertionError(f"qat_jax.{room} came without its extra")
 """
 
 

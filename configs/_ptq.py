@@ -29,6 +29,7 @@ def ptq_config(notation: str) -> dict[str, Any]:
             "edges": placeholder(str),
             # "PATTERN=NOTATION", first match first, for layers that need something else.
             "overrides": (),
+            "embeddings": "",  # bits of their tables, or a notation such as 4/-/6/-; "": in float
         },
         # max, octav, exact, mse, entropy or a percentile such as p99.99.
         "clipping": {"weights": "max", "activations": "max"},

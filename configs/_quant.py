@@ -40,9 +40,10 @@ def quant_config(arg: str) -> ConfigDict:
     Example:
         >>> quant_config("bits=4,clipping=max").to_dict()
         {'activation_bits': 4, 'carried': False, 'clipping': 'max', 'diagnostics': False,
-         'edge_bits': 8, 'edge_clipping': 'max', 'gradient': 'mph', 'learned': False,
-         'narrow': True, 'notation': '', 'overrides': (), 'policy': None, 'rotate': False,
-         'shards': 1, 'smoothing_batches': 0, 'static_batches': 0, 'weight_bits': 4}
+         'edge_bits': 8, 'edge_clipping': 'max', 'embeddings': '', 'gradient': 'mph',
+         'learned': False, 'narrow': True, 'notation': '', 'overrides': (), 'policy': None,
+         'rotate': False, 'shards': 1, 'smoothing_batches': 0, 'static_batches': 0,
+         'weight_bits': 4}
     """
     values = dict(DEFAULTS)
     parts = [] if arg == "float" else [part for part in arg.split(",") if part]
@@ -83,6 +84,7 @@ def quant_config(arg: str) -> ConfigDict:
             # and activations clipped as above. ".*/attention=4/4U/-/token" gives the softmax's
             # output one scale a query, and so on: see qat_jax.Notation.
             "overrides": (),
+            "embeddings": "",  # bits of their tables, or a notation such as 4/-/6/-; "": in float
             # Of training images by which outliers move into kernels before the first step: see
             # qat_jax.smooth.
             "smoothing_batches": 0,

@@ -74,8 +74,9 @@ _ENDS: dict[str, tuple[str | None, str]] = {
     "mobilenet_v1": ("conv1", "classifier"),
     "mobilenet_v2": ("conv1", "classifier"),
     "mobilenet_v3": ("conv1", "classifier"),
-    "bert": (None, "answer"),  # embeddings, norms and the softmax stay in float
+    "bert": (None, "answer"),  # norms and the softmax stay in float, embeddings if not asked for
 }
+_EMBEDDING = ("bert",)  # models that have embeddings
 _TASKS: dict[str, Callable[[ConfigDict], Task]] = {
     "image_classification": ImageClassification,
     "question_answering": QuestionAnswering,
@@ -307,7 +308,8 @@ def ptq_policy(config: ConfigDict) -> qj.Policy | None:
         rest = qj.Policy.from_notation(
             quant.notation, first=first, last=last, edges=quant.edges, **options
         )
-    return qj.Policy([*_overrides(quant, **options), *rest.rules])
+    rules = [*_overrides(quant, **options), *rest.rules]
+    return qj.Policy([*rules, *_of_embeddings(config, options["gradient"])])
 
 
 def quantised_model(config: ConfigDict) -> nnx.Module:
@@ -359,7 +361,7 @@ def _training_policy(config: ConfigDict) -> qj.Policy | None:
     overrides = _overrides(
         quant, weight_clipping=own_clipping, activation_clipping=own_clipping, gradient=gradient
     )
-    return qj.Policy([*overrides, *rest.rules])
+    return qj.Policy([*overrides, *rest.rules, *_of_embeddings(config, gradient)])
 
 
 def _overrides(quant: ConfigDict, **options: Any) -> list[qj.Rule]:
@@ -373,19 +375,37 @@ def _overrides(quant: ConfigDict, **options: Any) -> list[qj.Rule]:
     return rules
 
 
+def _of_embeddings(config: ConfigDict, gradient: Any) -> list[qj.Rule]:
+    """The rule of tables that `quant.embeddings` asks for, clipped at the maximum."""
+    written = str(config.quant.get("embeddings", ""))  # earlier configs have none
+    if not written:
+        return []
+    if (name := _model_name(config)) not in _EMBEDDING:
+        raise ValueError(f"quant.embeddings: {name} has no embeddings, leave it out")
+    notation = f"{written}/-" if written.isdigit() else written
+    rule = qj.Rule.from_notation(".*", notation, gradient=gradient)
+    if rule.activations is not None:
+        raise ValueError(
+            f"quant.embeddings is {written!r}, but tables have no activations: give their bits, or "
+            "a notation such as 8/-, or 4/-/6/- for vectors"
+        )
+    return [qj.Rule(".*", embeddings=rule.weights)]
+
+
 def _check_overrides(quant: ConfigDict, in_float: bool) -> None:
-    """Raises a ValueError if there are overrides where nothing would read them."""
-    if not quant.get("overrides"):
-        return
-    if quant.get("policy"):
-        raise ValueError(
-            "quant.policy and quant.overrides are both given: write the rules into the policy"
-        )
-    if in_float:
-        raise ValueError(
-            "quant.overrides are of a network that is quantised: give it bits or a notation too, "
-            "or name the layers in a quant.policy"
-        )
+    """Raises a ValueError if there are additions to a policy where nothing would read them."""
+    for name in ("overrides", "embeddings"):
+        if not quant.get(name):
+            continue
+        if quant.get("policy"):
+            raise ValueError(
+                f"quant.policy and quant.{name} are both given: write the rules into the policy"
+            )
+        if in_float:
+            raise ValueError(
+                f"quant.{name} are of a network that is quantised: give it bits or a notation too, "
+                "or name the layers in a quant.policy"
+            )
 
 
 def prepare_quantisers(

@@ -47,7 +47,7 @@ from experiments.tables import write_csv
 from qat_jax.bit_allocation import allocate_bits, average_bits
 from qat_jax.formats import Format
 from qat_jax.granularity import ChannelAxis, Granularity, VectorAxis
-from qat_jax.nnx import OperandQuantizer, is_weight, layer_sites
+from qat_jax.nnx import OperandQuantizer, is_weight, layer_sites, rules_of
 from qat_jax.padding import without_padding
 from qat_jax.sensitivity import OWN, losses_of, with_replaced_quantizers, with_switches
 from qat_jax.training.workdir import Workdir
@@ -88,9 +88,9 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 f"{tuple(wanted.candidates)}: add fewer bits, or raise inspect.suggest_bits"
             )
         bench = Bench.from_config(config)
-        paths = [site.path for site in layer_sites(bench.model)]
-        placed = policy.place(paths)
-        rules = {path: placed[path] for path in paths if path in placed}
+        sites = layer_sites(bench.model)
+        placed = rules_of(sites, policy)
+        rules = {site.path: placed[site.path] for site in sites if site.path in placed}
         model = bench.quantised(config)
         alternatives = candidates(model, wanted.candidates) if wanted.suggest_bits else {}
 
@@ -228,17 +228,16 @@ def suggest(
     choices = [{k: OWN + 1 + n} for k, by_bits in alternatives.items() for n in range(len(by_bits))]
     losses = measured(bench, config, switched, choices)
     of_kernel = {k: {b: next(losses) for b in by_bits} for k, by_bits in alternatives.items()}
-    sizes = {
-        f"{site.path}/weights": site.layer.kernel.get_value().size
-        for site in layer_sites(model)
-        if f"{site.path}/weights" in alternatives
-    }
+    kernels = {site.weights: site for site in layer_sites(model) if site.weights in alternatives}
+    sizes = {kernel: site.kernel.get_value().size for kernel, site in kernels.items()}
     bits = allocate_bits(of_kernel, sizes, config.inspect.suggest_bits)
     made = []
     for layer, rule in rules.items():
-        kernel = f"{layer}/weights"
-        weights = alternatives[kernel][bits[kernel]] if kernel in bits else rule.weights
-        made.append(qj.Rule(re.escape(layer), weights, rule.activations))
+        rule = dataclasses.replace(rule, pattern=re.escape(layer))
+        if (kernel := f"{layer}/weights") in bits:
+            side = "embeddings" if kernels[kernel].is_embedding else "weights"
+            rule = dataclasses.replace(rule, **{side: alternatives[kernel][bits[kernel]]})
+        made.append(rule)
     policy = qj.Policy(made)
 
     quantizers = qj.operand_quantizers(model)

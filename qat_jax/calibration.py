@@ -176,7 +176,7 @@ def load_thresholds(model: nnx.Module, path: str | Path) -> None:
             f"{path} has thresholds for {unknown[0]!r}, which the model does not quantise: "
             "quantise it with the policy that was calibrated"
         )
-    kernels = {site.path: site for site in layer_sites(model) if hasattr(site.layer, "kernel")}
+    kernels = {site.path: site for site in layer_sites(model) if site.kernel is not None}
     for name, array in arrays.items():
         granularity = quantizers[name].quantizer.granularity
         if not any(
@@ -209,7 +209,7 @@ def _of_one_layer(
     if site is None:
         yield shape, None
         return
-    kernel = site.layer.kernel.shape
+    kernel = site.kernel.shape
     depth = len(kernel) - site.kernel_rank
     for stack in itertools.combinations(range(len(kernel)), depth):
         if shape[:depth] == tuple(kernel[axis] for axis in stack):

@@ -24,6 +24,8 @@ class Rule:
       weights: quantiser of the layer's kernel; None leaves it as it is.
       activations: quantiser of the layer's input, and of all four operands of attention's two
         matrix products; None leaves them as they are.
+      embeddings: quantiser of the table, if the layer is an embedding: a channel is the row of a
+        token, vectors lie along its features. None says nothing of embeddings.
 
     Raises:
       TypeError: something is not of these types.
@@ -33,11 +35,12 @@ class Rule:
     pattern: str
     weights: Quantizer | None = None
     activations: Quantizer | None = None
+    embeddings: Quantizer | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):
             raise TypeError(f'pattern is {self.pattern!r}: give a regular expression, such as ".*"')
-        for name in ("weights", "activations"):
+        for name in ("weights", "activations", "embeddings"):
             if not isinstance(given := getattr(self, name), Quantizer | None):
                 raise TypeError(f"{name} is {given!r}: give a Quantizer, such as Quantizer(Int(4))")
         try:
@@ -124,7 +127,8 @@ class Rule:
 class Policy:
     """An ordered list of rules; the first whose pattern matches a layer's path decides.
 
-    Layers that no rule matches stay as they are.
+    Layers that no rule matches stay as they are. Of an embedding the first decides that matches its
+    path and has a quantiser for embeddings.
 
     Attributes:
       rules: the rules, first match first.
@@ -184,11 +188,12 @@ class Policy:
         ends = [Rule.from_notation(end, edges) for end in (first, last) if end is not None]
         return cls([*ends, Rule.from_notation(".*", notation, **options)])
 
-    def place(self, paths: Sequence[str]) -> dict[str, Rule]:
+    def place(self, paths: Sequence[str], embeddings: Sequence[str] = ()) -> dict[str, Rule]:
         """The rule of each path that has one.
 
         Args:
-          paths: the paths of the layers that can be quantised.
+          paths: the paths of the layers that can be quantised, embeddings aside.
+          embeddings: the paths of those.
 
         Returns:
           A rule for each path that some rule matches.
@@ -199,13 +204,19 @@ class Policy:
         """
         placed: dict[str, Rule] = {}
         for rule in self.rules:
-            matched = [path for path in paths if re.fullmatch(rule.pattern, path)]
+            there = [*paths, *(embeddings if rule.embeddings is not None else ())]
+            matched = [path for path in there if re.fullmatch(rule.pattern, path)]
             new = [path for path in matched if path not in placed]
-            if not new and not (rule is self.rules[-1] and len(matched) == len(paths) > 0):
-                reason = "only layers that earlier rules decide" if matched else "no layer"
+            if not new and not (rule is self.rules[-1] and len(matched) == len(there) > 0):
+                if matched:
+                    reason = "only layers that earlier rules decide"
+                elif any(re.fullmatch(rule.pattern, path) for path in embeddings):
+                    reason = "only embeddings, and has no quantiser for them: give embeddings=…"
+                else:
+                    reason = "no layer"
                 raise ValueError(
                     f"rule {rule.pattern!r} matches {reason}. Patterns match whole paths; "
-                    f"there are: {', '.join(paths) or 'none'}"
+                    f"there are: {', '.join(there) or 'none'}"
                 )
             placed.update(dict.fromkeys(new, rule))
         return placed

@@ -12,7 +12,7 @@ from qat_jax.quantizer import Quantizer
 from qat_jax.text_file import read_text
 
 _HEAD = "# The first rule whose pattern matches the whole path of a layer decides.\n"
-_SIDES = ("weights", "activations")
+_SIDES = ("weights", "activations", "embeddings")
 _OF_NOTATION = ("notation", "vector_size", "weight_clipping", "activation_clipping", "gradient")
 _CHOICES = tuple(field.name for field in dataclasses.fields(Quantizer))
 
@@ -49,6 +49,8 @@ def policy_to_yaml(policy: Policy) -> str:
         written: dict[str, Any] = {"pattern": rule.pattern}
         for side in _SIDES:
             quantizer = getattr(rule, side)
+            if side == "embeddings" and quantizer is None:
+                continue  # most rules say nothing of them
             written[side] = quantizer and {
                 name: to_text(getattr(quantizer, name)) for name in _CHOICES
             }
@@ -59,11 +61,11 @@ def policy_to_yaml(policy: Policy) -> str:
 def policy_from_yaml(text: str, source: str = "policy") -> Policy:
     """The policy that a text describes.
 
-    A rule has a ``pattern`` and either ``weights`` and ``activations``, with the choices of a
-    `Quantizer` as one would write them in Python, or a ``notation`` such as 4/4U/4/6 with the
-    options of `Rule.from_notation`: ``vector_size``, ``weight_clipping``, ``activation_clipping``,
-    ``gradient``. Choices of your own have the name of their module, which is imported:
-    ``clipping: my_rules.Cubic(2)``, ``gradient: my_rules.soft``.
+    A rule has a ``pattern`` and either ``weights``, ``activations`` and ``embeddings``, with the
+    choices of a `Quantizer` as one would write them in Python, or a ``notation`` such as 4/4U/4/6
+    with the options of `Rule.from_notation`: ``vector_size``, ``weight_clipping``,
+    ``activation_clipping``, ``gradient``. Choices of your own have the name of their module, which
+    is imported: ``clipping: my_rules.Cubic(2)``, ``gradient: my_rules.soft``.
 
     Args:
       text: YAML.

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from qat_jax.integer.model import IntegerOp, PackedOp
+from qat_jax.integer.model import IntegerOp, PackedOp, PackedTable
 from qat_jax.integer.packed import unpack
 from qat_jax.nnx import (
     Factors,
@@ -101,7 +101,7 @@ def operand_storage(model: nnx.Module, *inputs: Any) -> dict[str, Storage]:
         if path in sown
     }
     for site in layer_sites(model):
-        if isinstance(site.installed, PackedOp | IntegerOp):
+        if isinstance(site.installed, PackedOp | PackedTable | IntegerOp):
             kernel = site.installed.weights
             codes = jax.eval_shape(unpack, kernel.packed)
             found[site.weights] = array_storage(codes, kernel.quantizer)
@@ -124,7 +124,7 @@ def model_storage(model: nnx.Module, *inputs: Any) -> Storage:
     kernels: dict[tuple[int, Any], Storage] = {}
     in_float, quantised = set(), set()
     for site in layer_sites(model):
-        kernel = getattr(site.layer, "kernel", None)
+        kernel = site.kernel
         if site.weights in operands:
             hook: Any = site.installed
             kernels[id(kernel), hook.weights.quantizer] = operands[site.weights]

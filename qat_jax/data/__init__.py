@@ -4,6 +4,11 @@
 `train_batches` and `eval_batches` turn them into NumPy batches.
 """
 
+import importlib.util
+
+if importlib.util.find_spec("grain") is None:
+    raise ModuleNotFoundError("data needs grain and others: pip install 'qat_jax[experiments]'")
+
 from qat_jax.data.augment import random_crop_flip
 from qat_jax.data.bucketing import Bucketing, Sequences
 from qat_jax.data.crops import CentreCrop, RandomResizedCrop

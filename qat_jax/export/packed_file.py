@@ -24,7 +24,7 @@ from flax import nnx
 from qat_jax.array_file import read_arrays, read_metadata, write_arrays
 from qat_jax.description import describe, restore
 from qat_jax.granularity import Groups
-from qat_jax.integer.model import Packed, PackedKernel, PackedOp, install_kernel
+from qat_jax.integer.model import Packed, PackedKernel, PackedOp, PackedTable, install_kernel
 from qat_jax.integer.packed import PackedTensor
 from qat_jax.nnx import (
     Carried,
@@ -64,9 +64,9 @@ def save_packed(model: nnx.Module, path: str | Path) -> None:
             arrays[f"{name}.threshold"] = np.asarray(threshold)
     kernels = {}
     for site in layer_sites(model):
-        if not isinstance(site.installed, PackedOp):
+        if not isinstance(site.installed, PackedOp | PackedTable):
             continue
-        if (factors := site.installed.factors) is not None:
+        if (factors := getattr(site.installed, "factors", None)) is not None:
             arrays[f"{site.activations}.factors"] = np.asarray(factors.get_value())
         packed = site.installed.weights.packed
         if packed.groups.runs > 1:
@@ -82,7 +82,7 @@ def save_packed(model: nnx.Module, path: str | Path) -> None:
             "vector_size": packed.groups.vector_size,
             "scale_bits": packed.scale_bits,
             "scale_dtype": packed.scale.dtype.name,
-            "rotation": site.installed.rotation,
+            "rotation": getattr(site.installed, "rotation", None),
         }
         for part in _PARTS:
             if (array := getattr(packed, part)) is not None:
@@ -118,7 +118,13 @@ def load_packed(model: nnx.Module, path: str | Path) -> nnx.Module:
     arrays = read_arrays(path, _WHAT)
     content = _content(path)
     rules = [
-        Rule(re.escape(layer), restore(found["weights"]), restore(found["activations"]))
+        # Only the model knows which of them are embeddings.
+        Rule(
+            re.escape(layer),
+            weights=restore(found["weights"]),
+            activations=restore(found["activations"]),
+            embeddings=restore(found["weights"]),
+        )
         for layer, found in content["layers"].items()
     ]
     model = quantize_model(model, Policy(rules))
@@ -126,15 +132,16 @@ def load_packed(model: nnx.Module, path: str | Path) -> nnx.Module:
     for site in layer_sites(model):
         described = content["kernels"].get(site.weights)
         if described is not None:
-            _check_shape(path, site.weights, described["shape"], site.layer.kernel.get_value())
+            _check_shape(path, site.weights, described["shape"], site.kernel.get_value())
             _check_dtype(path, site, np.dtype(described["dtype"]))
             packed = _packed(site.weights, described, arrays)
             if (factors := arrays.pop(f"{site.activations}.factors", None)) is not None:
                 site.installed.factors = Factors(jnp.asarray(factors))
-            site.installed.rotation = described.get("rotation")  # files from before have none
+            if (rotation := described.get("rotation")) is not None:
+                site.installed.rotation = rotation
             install_kernel(site, PackedKernel(packed, quantizers[site.weights].quantizer))
             # A layer that was told no dtype computes in what its kernel and its input call for.
-            site.layer.kernel = site.layer.kernel.replace(jnp.zeros((0,), packed.dtype))
+            site.put_kernel(site.kernel.replace(jnp.zeros((0,), packed.dtype)))
     for name, quantizer in quantizers.items():
         if (threshold := arrays.pop(f"{name}.threshold", None)) is not None:
             quantizer.threshold = Threshold(jnp.asarray(threshold))

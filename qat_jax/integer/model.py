@@ -20,6 +20,7 @@ from qat_jax.nnx import (
     OperandQuantizer,
     QuantizedAttention,
     QuantizedOp,
+    QuantizedTable,
     copy_model,
     in_basis,
     is_weight,
@@ -89,6 +90,24 @@ class PackedOp(DescribedOperands, nnx.Module):
         kernel = dequantize(unpack(self.weights.packed))
         lhs = in_basis(self, self.activations)
         return self.op(*with_kernel(self.op, args, kernel), lhs=lhs, **kwargs)
+
+
+class PackedTable(DescribedOperands, nnx.Module):
+    """Takes the place of a `QuantizedTable`: the same rows of the same numbers.
+
+    Attributes:
+      promote: the layer's own promotion (static).
+      weights: the table; that of the layer is empty.
+    """
+
+    def __init__(self, table: QuantizedTable, kernel: PackedKernel) -> None:
+        self.promote = table.promote
+        self.weights = kernel
+
+    def __call__(self, arrays: tuple, **kwargs: Any) -> tuple:
+        """Promote (table,) or (query, table) to a common dtype, the table out of its codes."""
+        *query, _ = arrays
+        return self.promote((*query, dequantize(unpack(self.weights.packed))), **kwargs)
 
 
 class IntegerOp(DescribedOperands, nnx.Module):
@@ -246,7 +265,7 @@ def install_kernel(site: LayerSite, kernel: PackedKernel) -> None:
     Raises:
       ValueError: such a layer has no packed form.
     """
-    if not isinstance(site.installed, QuantizedOp):
+    if not isinstance(site.installed, QuantizedOp | QuantizedTable):
         raise ValueError(
             f"{type(site.layer).__name__} {site.path} has no packed form: {_leave_alone(site)}"
         )
@@ -255,10 +274,11 @@ def install_kernel(site: LayerSite, kernel: PackedKernel) -> None:
             f"{site.path} is a stack of layers, as nnx.scan takes it, and has no packed form: "
             f"{_leave_alone(site)}, or make them one by one in an nnx.List"
         )
-    site.install(PackedOp(site.installed, kernel))
-    in_float = site.layer.kernel
+    packed = PackedTable if isinstance(site.installed, QuantizedTable) else PackedOp
+    site.install(packed(site.installed, kernel))
+    in_float = site.kernel
     # Another variable: a layer in float may share this one.
-    site.layer.kernel = in_float.replace(jnp.zeros((0,), in_float.get_value().dtype))
+    site.put_kernel(in_float.replace(jnp.zeros((0,), in_float.get_value().dtype)))
     if getattr(site.layer, "mask", None) is not None:
         site.layer.mask = None
 
@@ -276,14 +296,14 @@ def integer_model(model: nnx.Module, datapath: Datapath = Datapath()) -> nnx.Mod
 
     Returns:
       A copy for evaluation. Its convolutions, linear layers and products of attention multiply and
-      add integers; what lies between is computed in floats.
+      add integers; what lies between is computed in floats, and embeddings are looked up.
 
     Raises:
       ValueError: the model is not packed, or has a layer whose input is not quantised.
     """
     model = copy_model(model)
     sites = layer_sites(model)
-    if not any(isinstance(site.installed, PackedOp) for site in sites):
+    if not any(isinstance(site.installed, PackedOp | PackedTable) for site in sites):
         raise ValueError("the model has no packed kernel: pack_model comes first")
     for site in sites:
         op = site.installed

@@ -7,7 +7,7 @@ their names stay what they are.
 
 import dataclasses
 import html
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,15 @@ from flax import nnx, traverse_util
 from jax import lax
 
 from qat_jax.linen.operand import frozen_thresholds
-from qat_jax.linen.operations import ALONE, ATTENTION, LayerCall, interceptor, kind_of
+from qat_jax.linen.operations import (
+    ALONE,
+    ATTENTION,
+    EMBEDDING,
+    METHODS,
+    LayerCall,
+    interceptor,
+    kind_of,
+)
 from qat_jax.policy import Policy, Rule, preset_for_layers
 from qat_jax.report import LayerReport, Report, Rest
 
@@ -109,9 +117,10 @@ def quantize_model(
     convolutions = [path for path, site in sites.items() if site.kind is nn.Conv]
     dense = [path for path, site in sites.items() if site.kind in (nn.Dense, nn.DenseGeneral)]
     policy = preset_for_layers(policy, convolutions, dense)
-    placed = policy.place(list(sites))
+    tables = [path for path, site in sites.items() if site.kind is EMBEDDING]
+    placed = policy.place([path for path in sites if path not in tables], embeddings=tables)
     layers = tuple(_layer(path, site, placed.get(path, ALONE)) for path, site in sites.items())
-    return QuantizedModel(module, placed, Report(layers, _rest(variables, sites)))
+    return QuantizedModel(module, placed, Report(layers, _rest(variables, layers)))
 
 
 class _Site(NamedTuple):
@@ -129,22 +138,29 @@ class _Site(NamedTuple):
 def _layer(path: str, site: _Site, rule: Rule) -> LayerReport:
     """What a layer gets."""
     weights = None if site.kind is ATTENTION else rule.weights
-    if site.own is not None and (weights is not None or rule.activations is not None):
+    activations = rule.activations
+    if site.kind is EMBEDDING:
+        weights, activations = rule.embeddings, None
+    if site.own is not None and (weights is not None or activations is not None):
         raise ValueError(
             f"{path} already has a {site.own} of its own: quantise the model "
             f"before that is set, or leave the layer alone with Rule({path!r}) in front"
         )
-    return LayerReport(path, site.kind.__name__, weights, rule.activations)
+    return LayerReport(path, site.kind.__name__, weights, activations)
 
 
 # Part of the key of JAX's caches: what Linen's jit traced elsewhere must not hide layers here.
 _recording = jax.make_user_context(False)
 
 
-def _rest(variables: Mapping[str, Any], sites: Mapping[str, _Site]) -> Rest:
-    """The parameters that are no kernel of these layers."""
+def _rest(variables: Mapping[str, Any], layers: Iterable[LayerReport]) -> Rest:
+    """The parameters that are no kernel of these layers; tables in float are none either."""
     parameters = traverse_util.flatten_dict(nn.meta.unbox(variables.get("params", {})), sep="/")
-    kernels = {f"{path}/kernel" if path else "kernel" for path in sites}
+    kernels = {
+        "/".join(filter(None, (layer.path, name)))
+        for layer in layers
+        for name in (["kernel"] if layer.weights is None else ["kernel", "embedding"])
+    }
     others = [x for name, x in parameters.items() if name not in kernels]
     inside = sum(x.size for name, x in parameters.items() if name in kernels)
     return Rest.of_arrays(others, in_kernels=inside)
@@ -158,7 +174,7 @@ def _sites(
 
     def record(call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
         kind = kind_of(context.module)
-        if context.method_name == "__call__" and kind is not None:
+        if kind is not None and context.method_name in METHODS[kind]:
             path = "/".join(context.module.path)
             _refuse_jit(path, context.module)
             sites.setdefault(path, _Site(kind, _own_operation(context.module)))

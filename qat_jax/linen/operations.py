@@ -16,6 +16,7 @@ from qat_jax.quantizer import Quantizer
 
 ALONE = Rule(".*")
 ATTENTION = nn.MultiHeadDotProductAttention
+EMBEDDING = nn.Embed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +78,7 @@ def interceptor(
         module = context.module
         rule = placed.get("/".join(module.path), ALONE)
         kind = kind_of(module)
-        alone = rule.weights is None and rule.activations is None
-        if context.method_name != "__call__" or kind is None or alone:
+        if kind is None or context.method_name not in METHODS[kind] or says_nothing(rule, kind):
             return call(*args, **kwargs)
         fields = _REPLACEMENTS[kind](layer_call(module, rule, args, kwargs))
         before = {field: getattr(module, field) for field in fields}
@@ -92,6 +92,13 @@ def interceptor(
                 object.__setattr__(module, field, value)
 
     return intercept
+
+
+def says_nothing(rule: Rule, kind: type[nn.Module]) -> bool:
+    """Whether a rule leaves layers of a kind as they are."""
+    if kind is EMBEDDING:
+        return rule.embeddings is None
+    return rule.weights is None and rule.activations is None
 
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
@@ -148,11 +155,20 @@ def _attention(layer: LayerCall) -> dict[str, Any]:
     return {"attention_fn": attention}
 
 
+def _table(layer: LayerCall) -> dict[str, Any]:
+    table = layer.operand(layer.rule.embeddings, WEIGHTS, None)  # type: ignore[arg-type]
+    return {"promote_dtype": _TablePromotion(_own_promotion(layer), table)}
+
+
 def _promotion(layer: LayerCall, axes: Callable[..., tuple]) -> dict[str, Any]:
+    return {"promote_dtype": _Promotion(_own_promotion(layer), *layer.operands(), axes)}
+
+
+def _own_promotion(layer: LayerCall) -> Callable[..., Any]:
     promote = layer.module.promote_dtype
-    if isinstance(promote, _Promotion):  # of the call around this one, such as a subclass's
-        promote = promote.promote
-    return {"promote_dtype": _Promotion(promote, *layer.operands(), axes)}
+    if isinstance(promote, _Promotion | _TablePromotion):  # of a call around this one
+        return promote.promote
+    return promote
 
 
 # The fields that take quantised operations.
@@ -163,7 +179,10 @@ _REPLACEMENTS: dict[type[nn.Module], Callable[[LayerCall], dict[str, Any]]] = {
     nn.ConvTranspose: _conv_transpose,
     nn.Einsum: _einsum,
     ATTENTION: _attention,
+    EMBEDDING: _table,
 }
+# Of each kind the methods that compute with its kernel.
+METHODS = dict.fromkeys(_REPLACEMENTS, ("__call__",)) | {EMBEDDING: ("__call__", "attend")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,3 +207,20 @@ class _Promotion:
         x = x if self.lhs is None else self.lhs(x, *x_axes)
         kernel = kernel if self.rhs is None else self.rhs(kernel, *kernel_axes)
         return x, kernel, bias
+
+
+@dataclasses.dataclass(frozen=True)
+class _TablePromotion:
+    """Quantises an embedding's table where it is promoted, alone or beside a query.
+
+    Attributes:
+      promote: the layer's own promotion.
+      table: quantiser of the table.
+    """
+
+    promote: Callable[..., Any]
+    table: Operand
+
+    def __call__(self, *arrays: Any, **kwargs: Any) -> tuple:
+        *query, table = self.promote(*arrays, **kwargs)
+        return (*query, self.table(table, 0, -1))

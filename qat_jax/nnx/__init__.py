@@ -16,7 +16,7 @@ from qat_jax.nnx.captured import (
     in_all_runs,
     operand_codes,
 )
-from qat_jax.nnx.model import copy_model, quantize_model, report
+from qat_jax.nnx.model import copy_model, quantize_model, report, rules_of
 from qat_jax.nnx.operand import (
     Candidate,
     Carried,
@@ -30,7 +30,13 @@ from qat_jax.nnx.operand import (
     Threshold,
     is_own_parameter,
 )
-from qat_jax.nnx.operations import Factors, QuantizedAttention, QuantizedOp, in_basis
+from qat_jax.nnx.operations import (
+    Factors,
+    QuantizedAttention,
+    QuantizedOp,
+    QuantizedTable,
+    in_basis,
+)
 from qat_jax.nnx.sites import LayerSite, is_weight, layer_sites, operand_quantizers
 
 __all__ = [
@@ -47,6 +53,7 @@ __all__ = [
     "OperandQuantizer",
     "QuantizedAttention",
     "QuantizedOp",
+    "QuantizedTable",
     "Threshold",
     "captured_by_operand",
     "captured_in_evaluation",
@@ -61,4 +68,5 @@ __all__ = [
     "operand_quantizers",
     "quantize_model",
     "report",
+    "rules_of",
 ]

@@ -52,8 +52,8 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
     policy = preset_for_layers(policy, convolutions, linears)
     placed = {
         path: rule
-        for path, rule in policy.place([site.path for site in sites]).items()
-        if rule.weights is not None or rule.activations is not None
+        for path, rule in rules_of(sites, policy).items()
+        if any((rule.weights, rule.activations, rule.embeddings))
     }
     _refuse_quantised([site for site in sites if site.path in placed])
     replacements = {
@@ -67,6 +67,14 @@ def quantize_model(model: nnx.Module, policy: Policy | str) -> nnx.Module:
                 replacement.eval()
             site.install(replacement)
     return model
+
+
+def rules_of(sites: Iterable[LayerSite], policy: Policy) -> dict[str, Rule]:
+    """The rule of each layer that has one, by its path: see `Policy.place`."""
+    paths: dict[bool, list[str]] = {True: [], False: []}
+    for site in sites:
+        paths[site.is_embedding].append(site.path)
+    return policy.place(paths[False], embeddings=paths[True])
 
 
 def report(model: nnx.Module) -> Report:
@@ -152,7 +160,9 @@ def _rest(model: nnx.Module, sites: Iterable[LayerSite]) -> Rest:
     """The parameters that are no kernel of these layers."""
     kernels: dict[int, int] = {}  # several layers may share one
     for site in sites:
-        if (kernel := getattr(site.layer, "kernel", None)) is not None:
+        if site.is_embedding and _installed(site, "weights") is None:
+            continue  # most models leave their tables alone, and that is worth telling
+        if (kernel := site.kernel) is not None:
             stored = getattr(getattr(site.installed, "weights", None), "packed", None)
             kernels[id(kernel)] = math.prod((kernel if stored is None else stored).shape)
     parameters = [x for _, x in nnx.iter_graph(model) if is_own_parameter(x)]

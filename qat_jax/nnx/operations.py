@@ -91,6 +91,26 @@ class QuantizedPromotion(DescribedOperands, nnx.Module):
         return x, kernel, bias
 
 
+class QuantizedTable(DescribedOperands, nnx.Module):
+    """Takes the place of an embedding's ``promote_dtype`` and quantises its table there.
+
+    Attributes:
+      promote: the layer's own promotion (static).
+      weights: quantiser of the table.
+    """
+
+    def __init__(self, promote: Callable[..., tuple], rule: Rule) -> None:
+        self.promote = promote
+        self.weights = _operand(rule.embeddings, None)
+
+    def __call__(self, arrays: tuple, **kwargs: Any) -> tuple:
+        """Promote (table,) or (query, table) to a common dtype, then quantise the table."""
+        *query, table = self.promote(arrays, **kwargs)
+        if self.weights is not None:
+            table = self.weights(table, channel_axis=0, vector_axis=-1)
+        return (*query, table)
+
+
 class QuantizedAttention(nnx.Module):
     """Dot-product attention whose two matrix products have quantised operands.
 

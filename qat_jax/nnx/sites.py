@@ -2,7 +2,8 @@
 
 ``Linear``, ``LinearGeneral``, ``Conv`` and ``Einsum`` let their operation be replaced;
 ``MultiHeadAttention`` its attention function, here one with both matrix products quantised;
-``ConvTranspose`` the promotion of its operands, where they are quantised on the way.
+``ConvTranspose`` and ``Embed`` the promotion of their operands, where these are quantised on the
+way.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,7 +17,12 @@ from jax import lax
 
 from qat_jax import ops
 from qat_jax.nnx.operand import OperandQuantizer
-from qat_jax.nnx.operations import QuantizedAttention, QuantizedOp, QuantizedPromotion
+from qat_jax.nnx.operations import (
+    QuantizedAttention,
+    QuantizedOp,
+    QuantizedPromotion,
+    QuantizedTable,
+)
 from qat_jax.policy import Rule
 
 
@@ -76,6 +82,12 @@ _HOOKS = (
         (dot_product_attention,),
         lambda layer, rule: QuantizedAttention(rule.activations) if rule.activations else None,
     ),
+    _Hook(
+        nnx.Embed,
+        "promote_dtype",
+        (promote_dtype,),
+        lambda layer, rule: QuantizedTable(layer.promote_dtype, rule) if rule.embeddings else None,
+    ),
 )
 
 
@@ -103,10 +115,28 @@ class LayerSite(NamedTuple):
         return f"{self.path}/activations" if self.path else "activations"
 
     @property
+    def is_embedding(self) -> bool:
+        """Whether its kernel is a table that is looked up."""
+        return isinstance(self.layer, nnx.Embed)
+
+    @property
+    def kernel(self) -> nnx.Param | None:
+        """The layer's parameter that is quantised as weights; attention has none of its own."""
+        return getattr(self.layer, self._kernel_name, None)
+
+    def put_kernel(self, kernel: nnx.Param) -> None:
+        """Gives the layer another one."""
+        setattr(self.layer, self._kernel_name, kernel)
+
+    @property
+    def _kernel_name(self) -> str:
+        return "embedding" if self.is_embedding else "kernel"
+
+    @property
     def kernel_rank(self) -> int:
         """How many axes its kernel has, those of a stack of layers (``nnx.scan``) left out."""
         match self.layer:
-            case nnx.Linear():
+            case nnx.Linear() | nnx.Embed():
                 return 2
             case nnx.LinearGeneral(batch_axis=batch, in_features=inputs, out_features=outputs):
                 return len(batch) + len(inputs) + len(outputs)

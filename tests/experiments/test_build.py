@@ -11,6 +11,7 @@ from flax import nnx
 import qat_jax as qj
 from configs.cifar10_resnet20 import get_config as resnet_config
 from configs.squad_bert_base import get_config as bert_config
+from configs.squad_minilm_ptq import get_config as bert_ptq_config
 from experiments import build
 from qat_jax.models import CifarResNet, save_weights
 
@@ -116,6 +117,40 @@ def test_overrides_go_before_the_rest():
 
 
 @pytest.mark.parametrize(
+    ("written", "scale", "granularity"),
+    [
+        ("8", qj.FloatScale(), qj.PerChannel()),
+        ("8/-", qj.FloatScale(), qj.PerChannel()),
+        ("8/-/6/-", qj.IntScale(6, qj.PerChannel()), qj.PerVector(16)),
+    ],
+)
+@pytest.mark.parametrize("made_by", [build.quantised_model, build.ptq_policy])
+def test_embeddings_are_quantised_where_a_config_says_so(written, scale, granularity, made_by):
+    config = bert_ptq_config("4/4") if made_by is build.ptq_policy else bert_config("bits=4")
+    config.model.size.update(layers=1, hidden=16, heads=2, intermediate=16, vocabulary=20)
+
+    def made():
+        found = made_by(config)
+        if made_by is build.ptq_policy:
+            found = qj.quantize_model(small_bert(0), found)
+        return {layer.path: layer for layer in qj.report(found).layers}
+
+    before = made()
+    config.quant.embeddings = written
+    found = made()
+    tables = {path for path in found if path.startswith("bert/embeddings/")}
+    assert len(tables) == 3
+    for path, layer in found.items():
+        if path not in tables:
+            assert layer == before[path]
+            continue
+        assert before[path].weights is None
+        assert layer.weights.format == qj.Int(8, narrow=True)
+        assert layer.weights.scale == scale
+        assert layer.weights.granularity == granularity
+
+
+@pytest.mark.parametrize(
     ("argument", "changes", "message"),
     [
         ("bits=4", {"overrides": ("layer1",)}, "write PATTERN=NOTATION"),
@@ -125,10 +160,22 @@ def test_overrides_go_before_the_rest():
             {"overrides": ("layer1/.*=8/8",), "policy": "- {pattern: .*, notation: 4/4}"},
             "write the rules into the policy",
         ),
+        ("bits=4", {"embeddings": "8"}, "cifar_resnet has no embeddings"),
+        ("float", {"embeddings": "8"}, "of a network that is quantised"),
     ],
 )
 def test_overrides_that_nothing_would_read_are_refused(argument, changes, message):
     config = resnet_config(argument)
     config.quant.update(changes)
+    with pytest.raises(ValueError, match=message):
+        build.quantised_model(config)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"), [("8/8", "tables have no activations"), ("eight", "has 1 parts")]
+)
+def test_what_is_no_way_to_quantise_embeddings_is_refused(written, message):
+    config = bert_config("bits=4")
+    config.quant.embeddings = written
     with pytest.raises(ValueError, match=message):
         build.quantised_model(config)

@@ -421,6 +421,7 @@ def test_configs_are_complete(name):
         "notation": "",
         "shards": 1,
         "overrides": (),
+        "embeddings": "",
         "smoothing_batches": 0,
         "rotate": False,
         "static_batches": 0,

@@ -21,7 +21,13 @@ from qat_jax.export.onnx.graph import Graph, Tensor, element_type
 from qat_jax.export.onnx.kernels import StoredKernel, code_dtype
 from qat_jax.formats import Int
 from qat_jax.granularity import ChannelAxis, Groups, PerShard, VectorAxis
-from qat_jax.integer.model import IntegerAttention, IntegerOp, PackedOp, with_kernel
+from qat_jax.integer.model import (
+    IntegerAttention,
+    IntegerOp,
+    PackedOp,
+    PackedTable,
+    with_kernel,
+)
 from qat_jax.integer.packed import unpack
 from qat_jax.nnx import (
     OperandQuantizer,
@@ -213,6 +219,19 @@ class TracedOp(nnx.Module):
         return self.op(*with_kernel(self.op, args, kernel), lhs=self.lhs, **kwargs)
 
 
+class TracedTable(nnx.Module):
+    """Takes the place of a `PackedTable` while a model is traced."""
+
+    def __init__(self, table: PackedTable, kernel: StoredKernel) -> None:
+        self.promote = table.promote
+        self.kernel = kernel
+
+    def __call__(self, arrays: tuple, **kwargs: Any) -> tuple:
+        """The promotion, of the primitive in the place of the table."""
+        *query, _ = arrays
+        return self.promote((*query, stored_kernel_p.bind(kernel=self.kernel)), **kwargs)
+
+
 class TracedAttention(QuantizedAttention):
     """Takes the place of a `QuantizedAttention` while a model is traced."""
 
@@ -257,6 +276,10 @@ def traced_model(model: nnx.Module, *inputs: Any) -> nnx.Module:
                 packed = op.weights.packed
                 kernel = StoredKernel.of(unpack(packed), packed.format)
                 site.install(TracedOp(op, traced(op.activations), kernel))
+            case PackedTable() as table:
+                packed = table.weights.packed
+                kernel = StoredKernel.of(unpack(packed), packed.format)
+                site.install(TracedTable(table, kernel))
             case QuantizedAttention() as attention:
                 names = ("query", "key", "attention_weights", "value")
                 operands = {name: traced(getattr(attention, name)) for name in names}
