@@ -235,8 +235,11 @@ def suggest(
     for layer, rule in rules.items():
         rule = dataclasses.replace(rule, pattern=re.escape(layer))
         if (kernel := f"{layer}/weights") in bits:
-            side = "embeddings" if kernels[kernel].is_embedding else "weights"
-            rule = dataclasses.replace(rule, **{side: alternatives[kernel][bits[kernel]]})
+            chosen = alternatives[kernel][bits[kernel]]
+            if kernels[kernel].is_embedding:
+                rule = dataclasses.replace(rule, embeddings=chosen)
+            else:
+                rule = dataclasses.replace(rule, weights=chosen)
         made.append(rule)
     policy = qj.Policy(made)
 

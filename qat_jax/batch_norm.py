@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from qat_jax.batches import refuse_one_array
-from qat_jax.nnx import copy_model, report
+from qat_jax.nnx import copy_model, normalised_layers, report
 from qat_jax.padding import keep_padding
 
 
@@ -183,8 +183,9 @@ def _pairs(model: nnx.Module, args: tuple, kwargs: dict[str, Any]) -> list[tuple
     """Names of the layers and batch norms to fold, found in the jaxpr of the model."""
     tagged = copy_model(model)
     tagged.eval()
+    made_anew = normalised_layers(tagged)
     for path, node in nnx.iter_graph(tagged):
-        if _is_linear_layer(node):
+        if _is_linear_layer(node) and id(node) not in made_anew:
             _mix(node, _TaggedLayer, tag=_OUTPUT + _name(path))
         elif type(node) is nnx.BatchNorm and node.mean.get_value().ndim == 1:
             _mix(node, _TaggedBatchNorm, tag=_INPUT + _name(path))
@@ -261,7 +262,8 @@ def _fold(layer: Any, batch_norm: Any) -> None:
         bias = bias + batch_norm.bias.get_value()
     # New variables: others may share the old ones.
     layer.kernel = layer.kernel.replace((kernel * factor).astype(kernel.dtype))
-    layer.bias = nnx.Param(bias.astype(kernel.dtype))
+    bias = bias.astype(kernel.dtype)
+    layer.bias = nnx.Param(bias) if layer.bias is None else layer.bias.replace(bias)
     layer.use_bias = True
     # In place: the batch norm may be held by a list, a tuple, or several modules.
     object.__setattr__(batch_norm, "__class__", FoldedBatchNorm)

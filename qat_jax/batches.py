@@ -1,5 +1,6 @@
 """Sample batches, and the thresholds that they suggest."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -21,9 +22,56 @@ def positional(batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
 
 
 def joined(batches: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """All batches as one, along their first axes; none of none."""
+    """All batches as one, along their first axes; none of none. Flags are those of the first."""
     parts = list(batches)
-    return [jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)] if parts else []
+    return [jax.tree.map(_concatenated, *parts)] if parts else []
+
+
+def _concatenated(*leaves: Any) -> Any:
+    return jnp.concatenate(leaves) if is_array(leaves[0]) else leaves[0]
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf of a batch is an array, and no flag or the like."""
+    return hasattr(leaf, "dtype")
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``jax.jit`` of a function of a state and a batch whose flags stay what they are.
+
+    Args:
+      function: called with the state and the batch as positional arguments; leaves of the batch
+        that are no arrays, such as ``train=False``, are constants of the program.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def program(others: tuple[Any, ...], state: Any, arrays: list[Any]) -> Any:
+        structure, leaves = others
+        rest = iter(arrays)
+        leaves = [next(rest) if leaf is _ARRAY else leaf for leaf in leaves]
+        return function(state, *jax.tree.unflatten(structure, leaves))
+
+    def call(state: Any, *inputs: Any) -> Any:
+        leaves, structure = jax.tree.flatten(inputs)
+        others = tuple(_ARRAY if is_array(leaf) else leaf for leaf in leaves)
+        return program((structure, others), state, [leaf for leaf in leaves if is_array(leaf)])
+
+    return call
+
+
+def abstract(function: Callable[..., Any], state: Any, *inputs: Any) -> Any:
+    """``jax.eval_shape`` of a function of a state and a batch: see `compiled`."""
+    leaves, structure = jax.tree.flatten(inputs)
+
+    def of_arrays(state: Any, arrays: dict[int, Any]) -> Any:
+        all_leaves = [arrays.get(place, leaf) for place, leaf in enumerate(leaves)]
+        return function(state, *jax.tree.unflatten(structure, all_leaves))
+
+    arrays = {place: leaf for place, leaf in enumerate(leaves) if is_array(leaf)}
+    return jax.eval_shape(of_arrays, state, arrays)
+
+
+_ARRAY = object()  # in the place of an array among constants
 
 
 def mean_candidates(

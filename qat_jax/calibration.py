@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from qat_jax.array_file import read_arrays, write_arrays
-from qat_jax.batches import mean_candidates, mean_of_runs
+from qat_jax.batches import compiled, mean_candidates, mean_of_runs
 from qat_jax.granularity import Granularity, PerChannel, PerTensor, PerVector
 from qat_jax.nnx import (
     Candidate,
@@ -83,6 +83,12 @@ def calibrate(
         )
     observe = _observer(model, quantizers)
     found = mean_candidates(observe, batches, pool=pool)
+    if not found:
+        raise ValueError(
+            f"no operand that matches {operands!r} runs in evaluation, or all run inside "
+            "transformations that drop what is sown there, such as nnx.scan with StateAxes of "
+            "...: None: give ... the axis 0"
+        )
     for path, threshold in found.items():
         quantizers[path].threshold = Threshold(threshold)
     return tuple(found)
@@ -243,7 +249,7 @@ def _observer(model: nnx.Module, paths: Iterable[str]) -> Callable[..., dict[str
     """Those operands' candidates in a batch, in that order, if they run; means over their runs."""
     graphdef, state = nnx.split(model)
 
-    @jax.jit
+    @compiled
     def observe(state: nnx.State, *inputs: Any) -> dict[str, jax.Array]:
         runs: dict[str, list[jax.Array]] = {}
         candidates = captured_in_evaluation(graphdef, state, Candidate, *inputs)

@@ -6,6 +6,7 @@ installed already, and only frozen dataclasses are constructed.
 
 import ast
 import dataclasses
+import math
 import types
 from typing import Any
 
@@ -77,10 +78,22 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _argument(value: Any) -> str:
-    is_choice = dataclasses.is_dataclass(value) or isinstance(value, types.FunctionType)
     if isinstance(value, np.generic):
         value = value.item()  # NumPy's own text, np.float64(0.5), is no literal
-    return to_text(value) if is_choice else repr(value)
+    if dataclasses.is_dataclass(value) or isinstance(value, types.FunctionType):
+        return to_text(value)
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_argument, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, float) and math.isinf(value):
+        return "1e999" if value > 0 else "-1e999"  # a literal that is read as one
+    text = repr(value)
+    try:
+        read = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        read = None
+    if read != value:
+        raise ValueError(f"{text} cannot be described in a file")
+    return text
 
 
 def _constructed(node: ast.expr) -> Any:
@@ -94,6 +107,8 @@ def _constructed(node: ast.expr) -> Any:
             arguments = [_constructed(argument) for argument in node.args]
             keywords = {str(keyword.arg): _constructed(keyword.value) for keyword in node.keywords}
             return _call(node.func, arguments, keywords)
+        case ast.Tuple():
+            return tuple(_constructed(part) for part in node.elts)
     return ast.literal_eval(node)
 
 

@@ -5,7 +5,6 @@ kernel is changed for good, the input in every call, by the layer's operation.
 """
 
 import re
-from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
@@ -49,20 +48,16 @@ def layer_inputs(model: nnx.Module) -> dict[str, LayerInput]:
     """The inputs whose basis can be changed, by path.
 
     Those of dense layers and convolutions whose input and kernel are both quantised, but for
-    stacks of layers (``nnx.scan``) and layers that share a kernel.
+    stacks of layers (``nnx.scan``) and layers that share a kernel, mask it, or have it made anew by
+    ``nnx.WeightNorm``.
     """
-    owners = Counter(
-        id(value)
-        for _, node in nnx.iter_graph(model)
-        for value in getattr(node, "__dict__", {}).values()
-    )
     found = {}
     for site in layer_sites(model):
         op = site.installed
         if not isinstance(op, QuantizedOp) or op.activations is None or op.weights is None:
             continue
         kernel, axis = site.layer.kernel, _input_axis(site)
-        of_one_layer = kernel.get_value().ndim == site.kernel_rank and owners[id(kernel)] == 1
+        of_one_layer = kernel.get_value().ndim == site.kernel_rank and site.has_own_kernel
         if axis is not None and of_one_layer:
             groups = getattr(site.layer, "feature_group_count", 1)
             found[site.activations] = LayerInput(op, kernel, axis, groups)

@@ -87,6 +87,7 @@ def gptq(
 def _can_be_rounded(site: LayerSite, operands: str = ".*") -> bool:
     return (
         isinstance(site.installed, QuantizedOp)
+        and site.has_own_kernel
         and can_be_rounded(site.installed.op)
         and site.installed.weights is not None
         and re.fullmatch(operands, site.weights) is not None
@@ -100,6 +101,7 @@ class _RoundingOp(nnx.Module):
       own: the operation.
       weights: its quantiser of the kernel, whose thresholds are frozen afterwards.
       kernel: the rounded kernel, once the operation has run.
+      quantized: what its quantiser makes of that.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class _RoundingOp(nnx.Module):
         self.own = own
         self.weights: Any = own.weights
         self.kernel: Any = nnx.data(None)
+        self.quantized: Any = nnx.data(None)
         self._path = path
         self._damping = damping
         self._done = nnx.static(done)
@@ -116,7 +119,7 @@ class _RoundingOp(nnx.Module):
         """The operation, with the rounded kernel."""
         lhs = in_basis(self.own, self.own.activations)
         if self.kernel is None:
-            self.kernel, threshold = rounded_kernel(
+            self.kernel, self.quantized, threshold = rounded_kernel(
                 self.own.op,
                 x,
                 w,
@@ -131,4 +134,4 @@ class _RoundingOp(nnx.Module):
             if self.weights.threshold is None:
                 self.weights.threshold = Threshold(threshold)
             self._done[self._path] = self
-        return self.own.op(x, self.kernel.astype(w.dtype), *args, lhs=lhs, **kwargs)
+        return self.own.op(x, self.quantized.astype(w.dtype), *args, lhs=lhs, **kwargs)

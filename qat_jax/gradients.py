@@ -40,7 +40,7 @@ def mad(x: jax.Array, lower: jax.Array, upper: jax.Array, g: jax.Array) -> jax.A
     inside = (x >= lower) & (x <= upper)
     # Only a clipped x divides, and a clipped x is not 0.
     scale = jnp.where(inside, 1, jnp.clip(x, lower, upper) / jnp.where(inside, 1, x))
-    return (g * scale).astype(g.dtype)
+    return (g * jax.lax.stop_gradient(scale)).astype(g.dtype)
 
 
 _RULES: dict[str, GradientRule] = {"ste": ste, "pwl": pwl, "mad": mad}
@@ -77,7 +77,8 @@ def with_gradient(
         the thresholds; None: they are constants.
 
     Returns:
-      A function of x and threshold with a custom reverse-mode derivative.
+      A function of x and threshold with a custom reverse-mode derivative, whose own derivatives are
+      taken by the same rule.
     """
     rule = gradient_rule(gradient)
 
@@ -86,7 +87,8 @@ def with_gradient(
         return forward(x, threshold)
 
     def forward_pass(x: jax.Array, threshold: jax.Array) -> tuple[jax.Array, tuple]:
-        return forward(x, threshold), (x, threshold)
+        # The function itself: a second derivative would meet the staircase in what is inside.
+        return function(x, threshold), (x, threshold)
 
     def backward_pass(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         x, threshold = residuals
@@ -99,7 +101,7 @@ def with_gradient(
 
     def forward_pass_of_pwl(x: jax.Array, threshold: jax.Array) -> tuple[jax.Array, tuple]:
         clipped = _is_clipped(x, *bounds(x, threshold))
-        return forward(x, threshold), (_packed(clipped), threshold)
+        return function(x, threshold), (_packed(clipped), threshold)
 
     def backward_pass_of_pwl(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         bits, threshold = residuals
@@ -128,8 +130,9 @@ def _packed(flags: jax.Array) -> jax.Array:
     rows = flags.reshape(_rows(flags.shape))
     rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % 8)))
     bits = rows.reshape(rows.shape[0], 8, rows.shape[1] // 8).astype(jnp.uint8) << _WHICH
-    # A reduction: eight operations on slices, compilers would rather do anew from x.
-    return jax.lax.reduce(bits, np.uint8(0), jax.lax.bitwise_or, (1,))
+    # A reduction: eight operations on slices, compilers would rather do anew from x. A sum, since
+    # not every backend has another one across devices; no two have a bit in common.
+    return jax.lax.reduce(bits, np.uint8(0), jax.lax.add, (1,))
 
 
 def _unpacked(bits: jax.Array, shape: tuple[int, ...]) -> jax.Array:

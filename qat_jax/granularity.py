@@ -88,7 +88,10 @@ class Groups:
         if scale.ndim != len(shape):
             return scale
         if self.runs > 1 and scale.shape[0] == self.runs:
-            return jnp.repeat(scale, self._run_length(shape), axis=0)
+            runs, *others = scale.shape
+            repeated = (runs, self._run_length(shape), *others)
+            # Not jnp.repeat, which does not know what to do on a mesh of explicit axes.
+            return jnp.broadcast_to(scale[:, None], repeated).reshape(-1, *others)
         compact = self.compact_shape(shape)
         if self.vector_size is None or any(scale.shape[a] != compact[a] for a in self.axes):
             return scale  # not one number for each vector: it broadcasts as it is

@@ -371,6 +371,33 @@ def _of_rank(threshold: jax.Array, ndim: int) -> jax.Array:
     return jnp.expand_dims(threshold, range(-more))
 
 
+def code_step(
+    x: jax.Array,
+    quantizer: Quantizer,
+    *,
+    channel_axis: ChannelAxis = None,
+    vector_axis: VectorAxis = None,
+    threshold: jax.Array,
+) -> jax.Array:
+    """What each element is divided by to get its code.
+
+    It is `QTensor.step`, but where codes come from a scale before that is stored (see `IntScale`).
+
+    Args:
+      x: see `quantize`; so the others.
+      quantizer: see there.
+      channel_axis: see there.
+      vector_axis: see there.
+      threshold: see there.
+
+    Returns:
+      An array that broadcasts to x; 0 where there is no step.
+    """
+    threshold, groups = _grouped(x, quantizer, channel_axis, vector_axis, threshold)
+    _, step = quantizer.scale.store(threshold, quantizer.format.grid(x).steps, channel_axis)
+    return groups.expand(step, x.shape)
+
+
 def _codes(
     x: jax.Array,
     threshold: jax.Array,
@@ -409,7 +436,8 @@ def _fake_quant_at(
         change = jnp.where(saturates, y, y - x) * groups.expand(reciprocal(threshold), x.shape)
 
         def for_each(threshold: jax.Array) -> jax.Array:
-            return jnp.broadcast_to(groups.expand(threshold, x.shape), x.shape)
+            # A product, not a broadcast: it is shared among devices as x is.
+            return groups.expand(threshold, x.shape) * jnp.ones_like(x)
 
         (gradient,) = jax.linear_transpose(for_each, threshold)(g * change)  # sums over groups
         return gradient

@@ -21,21 +21,24 @@ from jax import lax
 
 from qat_jax import ops
 from qat_jax.formats import Format
-from qat_jax.quantizer import Quantizer, quantize
+from qat_jax.quantizer import Quantizer, code_step, quantize
 from qat_jax.scales import reciprocal
 
 _UNFOLDED_AT_ONCE = 1 << 26  # elements of a convolution's input, each once for each window
 
 
 class RoundedKernel(NamedTuple):
-    """A kernel of numbers of its grid.
+    """A kernel with codes that were chosen.
 
     Attributes:
-      kernel: in float32 or more.
-      threshold: the thresholds that make those numbers the grid's.
+      kernel: what its quantiser makes those codes of, in float32 or more.
+      quantized: what the quantiser makes of it; the same, but where scales are rounded after codes
+        are found (see `IntScale`).
+      threshold: the thresholds of the quantiser.
     """
 
     kernel: jax.Array
+    quantized: jax.Array
     threshold: jax.Array
 
 
@@ -94,6 +97,7 @@ def rounded_kernel(
         threshold = quantizer.threshold(w, **axes)
     step = quantize(w, quantizer, threshold=threshold, **axes).step
     step = jnp.broadcast_to(step, w.shape)
+    divisor = code_step(w, quantizer, threshold=threshold, **axes)
     energy = _energy(unfolding.parts)
     if not (np.isfinite(energy).all() and jnp.isfinite(step).all()):
         raise ValueError(
@@ -107,7 +111,9 @@ def rounded_kernel(
             f"the inputs of {layer} do not determine its kernel ({error}): give more examples, or "
             f"more damping than {damping}"
         ) from error
-    return RoundedKernel(_in_order(w, step, order, factor, quantizer.format, unfolding), threshold)
+    quantized = _in_order(w, step, order, factor, quantizer.format, unfolding)
+    kernel = jnp.where(step == divisor, quantized, quantized * (divisor * reciprocal(step)))
+    return RoundedKernel(kernel, quantized, threshold)
 
 
 def _in_order(

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from qat_jax import ops
-from qat_jax.batches import positional
+from qat_jax.batches import compiled, positional
 from qat_jax.features import LayerInput, layer_inputs, matching, refuse_thresholds
 from qat_jax.nnx import Factors, Magnitude, captured_in_evaluation, in_all_runs
 
@@ -100,7 +100,7 @@ def _magnitudes(model: nnx.Module, batches: Iterable[Any]) -> dict[str, np.ndarr
     """The largest magnitude of each feature of each operand, in all batches."""
     graphdef, state = nnx.split(model)
 
-    @jax.jit
+    @compiled
     def observe(state: nnx.State, *inputs: Any) -> dict[str, jax.Array]:
         return captured_in_evaluation(graphdef, state, Magnitude, *inputs)
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from qat_jax.batches import abstract
 from qat_jax.integer.model import IntegerOp, PackedOp, PackedTable
 from qat_jax.integer.packed import unpack
 from qat_jax.nnx import (
@@ -93,7 +94,7 @@ def operand_storage(model: nnx.Module, *inputs: Any) -> dict[str, Storage]:
     """
     graphdef, state = nnx.split(model)
 
-    sown = jax.eval_shape(functools.partial(operand_codes, graphdef), state, *inputs)
+    sown = abstract(functools.partial(operand_codes, graphdef), state, *inputs)
     quantizers = operand_quantizers(model)
     found = {
         path: array_storage(sown[path], operand.quantizer)

@@ -17,7 +17,8 @@ class Fixed:
     """Thresholds given in advance.
 
     Attributes:
-      value: one threshold for every group, or a tuple with one for each group in order.
+      value: one threshold for every group, or a tuple with one for each group in order. Vectors of
+        which the last is shorter than the others take one threshold for all.
     """
 
     value: float | tuple[float, ...]

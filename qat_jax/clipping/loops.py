@@ -43,9 +43,8 @@ def while_loop(
         pair = lax.platform_dependent(pair, cpu=_sorted, default=lambda pair: pair)
         return i + 1, pair, step(i, state)
 
-    _, pair, state = lax.while_loop(
-        lambda carry: unfinished(carry[0], carry[2]), counted, (jnp.int32(0), _PAIR, state)
-    )
+    start = jnp.int32(0), jnp.asarray(_PAIR), state
+    _, pair, state = lax.while_loop(lambda carry: unfinished(carry[0], carry[2]), counted, start)
     # Never negative, which XLA does not know: it would remove a sort that nothing depends on.
     return jax.tree.map(lambda leaf: jnp.where(pair[0] < 0, jnp.zeros_like(leaf), leaf), state)
 

@@ -9,6 +9,7 @@ from flax import nnx
 from flax.nnx.nn.attention import dot_product_attention_weights
 
 from qat_jax import ops
+from qat_jax.batches import compiled
 from qat_jax.display import DescribedOperands, DescribedQuantizer
 from qat_jax.granularity import ChannelAxis, VectorAxis
 from qat_jax.integer import ops as integer_ops
@@ -27,6 +28,7 @@ from qat_jax.nnx import (
     layer_sites,
     operand_codes,
     operand_quantizers,
+    with_causal_mask,
 )
 from qat_jax.quantizer import QTensor, Quantizer, dequantize
 
@@ -180,6 +182,7 @@ class IntegerAttention(nnx.Module):
     ) -> jax.Array:
         """Attention over [batch…, length, heads, depth], as ``nnx.dot_product_attention``."""
         del precision
+        kwargs = with_causal_mask(query, key, kwargs)
         shared_by = query.shape[-2] // key.shape[-2]  # grouped queries
         key, value = (jnp.repeat(x, shared_by, axis=-2) for x in (key, value))
         logits = self._product("...qhd,...khd->...hqk", query, self.query, key, self.key)
@@ -240,7 +243,7 @@ def pack_model(model: nnx.Module, *inputs: Any) -> nnx.Module:
         raise ValueError("no kernel of the model is quantised: quantise it first")
     graphdef, state = nnx.split(model)
 
-    @jax.jit  # of the forward pass nothing is left but what the kernels' codes take
+    @compiled  # of the forward pass nothing is left but what the kernels' codes take
     def kernel_codes(state: nnx.State, *inputs: Any) -> dict[str, QTensor]:
         codes = operand_codes(graphdef, state, *inputs)
         return {path: codes[path] for path in codes.keys() & weights}
@@ -249,7 +252,11 @@ def pack_model(model: nnx.Module, *inputs: Any) -> nnx.Module:
     for site in layer_sites(model):
         if site.weights in weights:
             if site.weights not in codes:
-                raise ValueError(f"{site.path} does not run in evaluation: {_leave_alone(site)}")
+                raise ValueError(
+                    f"{site.path} does not run in evaluation, or inside a transformation that "
+                    "drops what is sown there, such as nnx.scan with StateAxes of ...: None: "
+                    f"{_leave_alone(site)}"
+                )
             quantizer = quantizers[site.weights].quantizer
             install_kernel(site, PackedKernel(pack(codes[site.weights], quantizer), quantizer))
     return model
@@ -274,7 +281,7 @@ def install_kernel(site: LayerSite, kernel: PackedKernel) -> None:
             f"{site.path} is a stack of layers, as nnx.scan takes it, and has no packed form: "
             f"{_leave_alone(site)}, or make them one by one in an nnx.List"
         )
-    packed = PackedTable if isinstance(site.installed, QuantizedTable) else PackedOp
+    packed: Any = PackedTable if isinstance(site.installed, QuantizedTable) else PackedOp
     site.install(packed(site.installed, kernel))
     in_float = site.kernel
     # Another variable: a layer in float may share this one.

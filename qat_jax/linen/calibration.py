@@ -8,7 +8,7 @@ import jax
 from flax import linen as nn
 from flax import traverse_util
 
-from qat_jax.batches import mean_candidates, mean_of_runs
+from qat_jax.batches import compiled, mean_candidates, mean_of_runs
 from qat_jax.linen.model import QuantizedModel
 from qat_jax.linen.operand import THRESHOLDS, Candidate, frozen_thresholds
 from qat_jax.linen.operations import LayerCall, interceptor
@@ -45,7 +45,8 @@ def calibrate(
         match keep the thresholds that they have, or none.
       pool: search once in all batches joined instead, which is exact for every rule, at the price
         of their memory.
-      **kwargs: of every call, such as ``train=False``.
+      **kwargs: of every call, such as ``train=False``; collections that the model changes in them,
+        ``mutable=["cache"]``, stay as they are.
 
     Returns:
       The variables and the thresholds.
@@ -64,13 +65,15 @@ def calibrate(
       >>> variables["thresholds"]["activations"]
       Array([[2.]], dtype=float32)
     """
+    also = kwargs.pop("mutable", [])
+    mutable = [THRESHOLDS, *([also] if isinstance(also, str) else also or [])]
     frozen = frozen_thresholds(variables)
     others = {name: value for name, value in variables.items() if name != THRESHOLDS}
 
-    @jax.jit
+    @compiled
     def observe(others: Mapping[str, Any], *inputs: Any) -> dict[str, jax.Array]:
         with nn.intercept_methods(interceptor(model.placed, _Observed)):
-            _, sown = model.module.apply(others, *inputs, mutable=[THRESHOLDS], **kwargs)
+            _, sown = model.module.apply(others, *inputs, mutable=mutable, **kwargs)
         candidates = traverse_util.flatten_dict(sown.get(THRESHOLDS, {}), sep="/")
         chosen = [path for path in candidates if re.fullmatch(operands, path)]
         if not chosen:

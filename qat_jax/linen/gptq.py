@@ -75,15 +75,17 @@ def gptq(
             f"no kernel to round matches {operands!r}: there are "
             f"{kernels or 'none, quantise weights of dense or convolutional layers'}"
         )
-    parameters = traverse_util.flatten_dict(variables["params"], sep="/")
+    # By tuples, not by paths: parameters may have names with a stroke, as those of nn.WeightNorm.
+    parameters = traverse_util.flatten_dict(variables["params"])
     thresholds = frozen_thresholds(variables)
-    for path, (kernel, threshold) in done.items():
-        name = path.removesuffix(WEIGHTS) + "kernel"
+    for path, (kernel, _, threshold) in done.items():
+        *layer, _ = path.split("/")
+        name = (*layer, "kernel")
         parameters[name] = _with_value(parameters[name], kernel)
         thresholds[path] = threshold
     return {
         **variables,
-        "params": traverse_util.unflatten_dict(parameters, sep="/"),
+        "params": traverse_util.unflatten_dict(parameters),
         THRESHOLDS: traverse_util.unflatten_dict(thresholds, sep="/"),
     }
 
@@ -127,7 +129,7 @@ class _RoundingCall(LayerCall):
                     layer=self.path,
                     **kwargs,
                 )
-            return op(x, self.done[path].kernel.astype(w.dtype), *args, lhs=lhs, **kwargs)
+            return op(x, self.done[path].quantized.astype(w.dtype), *args, lhs=lhs, **kwargs)
 
         return rounding
 

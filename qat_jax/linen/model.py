@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 from jax import lax
 
-from qat_jax.linen.operand import frozen_thresholds
+from qat_jax.linen.operand import DIAGNOSTICS, frozen_thresholds
 from qat_jax.linen.operations import (
     ALONE,
     ATTENTION,
@@ -75,8 +75,10 @@ class QuantizedModel:
                     f"the variables have thresholds for {path!r}, which the model does not "
                     "quantise: quantise it with the policy that was calibrated"
                 )
+        # Those of a step before, which a loop may hand on, are not for this one to add to.
+        others = {name: value for name, value in variables.items() if name != DIAGNOSTICS}
         with nn.intercept_methods(interceptor(self.placed, self.layer_call)):
-            return self.module.apply(variables, *args, **kwargs)
+            return self.module.apply(others, *args, **kwargs)
 
 
 def quantize_model(

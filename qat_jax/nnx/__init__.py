@@ -36,8 +36,15 @@ from qat_jax.nnx.operations import (
     QuantizedOp,
     QuantizedTable,
     in_basis,
+    with_causal_mask,
 )
-from qat_jax.nnx.sites import LayerSite, is_weight, layer_sites, operand_quantizers
+from qat_jax.nnx.sites import (
+    LayerSite,
+    is_weight,
+    layer_sites,
+    normalised_layers,
+    operand_quantizers,
+)
 
 __all__ = [
     "Candidate",
@@ -64,9 +71,11 @@ __all__ = [
     "is_own_parameter",
     "is_weight",
     "layer_sites",
+    "normalised_layers",
     "operand_codes",
     "operand_quantizers",
     "quantize_model",
     "report",
     "rules_of",
+    "with_causal_mask",
 ]

@@ -78,11 +78,23 @@ def captured_in_evaluation(
 
     Returns:
       By ``"path of the layer/operand"``.
+
+    Raises:
+      ValueError: a quantised layer runs inside control flow that carries the model.
     """
     model = nnx.merge(graphdef, state)
     model.eval()
-    with keep_padding():
-        _, captured = nnx.capture(model, what)(*inputs)
+    try:
+        with keep_padding():
+            _, captured = nnx.capture(model, what)(*inputs)
+    except TypeError as error:
+        if "__captures__" not in str(error):
+            raise
+        raise ValueError(
+            "the model has layers inside nnx.cond, nnx.fori_loop, nnx.RNN or an nnx.scan that "
+            "carries them, from where nothing gets out that is observed in a forward pass: leave "
+            "these layers in float, or call them one by one"
+        ) from error
     return captured_by_operand(captured, kind)
 
 

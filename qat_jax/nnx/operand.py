@@ -84,6 +84,11 @@ class OperandQuantizer(DescribedQuantizer, nnx.Module):
         self.carried: Carried | None = nnx.data(None)
         self.deterministic = False
 
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """For ``nnx.view``: whether thresholds found depend on the operand alone."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
     @property
     def kept(self) -> jax.Array | None:
         """Thresholds that the model has, frozen or learned; None: they are found in each call."""

@@ -139,6 +139,7 @@ class QuantizedAttention(nnx.Module):
         **kwargs: Any,
     ) -> jax.Array:
         """Attention over [batch…, length, heads, depth], as ``nnx.dot_product_attention``."""
+        kwargs = with_causal_mask(query, key, kwargs)
         all_but_depth = tuple(range(query.ndim - 1))
         query = self.query(query, channel_axis=all_but_depth, vector_axis=-1)
         key = self.key(key, channel_axis=all_but_depth, vector_axis=-1)
@@ -153,6 +154,25 @@ class QuantizedAttention(nnx.Module):
             lhs=self.attention_weights,
             rhs=self.value,
         )
+
+
+def with_causal_mask(query: jax.Array, key: jax.Array, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of attention with ``is_causal`` said by the mask.
+
+    Flax's function of attention's weights does not take both where the mask is one of padding,
+    [batch, 1, 1, length].
+
+    Args:
+      query: [batch…, length, heads, depth].
+      key: likewise.
+      kwargs: what else attention was called with.
+    """
+    if not kwargs.get("is_causal"):
+        return kwargs
+    causal = jnp.tril(jnp.ones((query.shape[-3], key.shape[-3]), bool))
+    mask = kwargs.get("mask")
+    mask = causal if mask is None else jnp.logical_and(mask, causal)
+    return kwargs | {"mask": mask, "is_causal": False}
 
 
 def _operand(

@@ -6,6 +6,7 @@
 way.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -98,11 +99,14 @@ class LayerSite(NamedTuple):
       path: the layer's.
       layer: the layer itself.
       hook: its injection point.
+      has_own_kernel: whether what it multiplies with is a kernel that no other layer has, as it is
+        stored: no mask on it, and no ``nnx.WeightNorm`` around the layer that makes it anew.
     """
 
     path: str
     layer: Any
     hook: _Hook
+    has_own_kernel: bool
 
     @property
     def weights(self) -> str:
@@ -120,11 +124,11 @@ class LayerSite(NamedTuple):
         return isinstance(self.layer, nnx.Embed)
 
     @property
-    def kernel(self) -> nnx.Param | None:
-        """The layer's parameter that is quantised as weights; attention has none of its own."""
+    def kernel(self) -> Any:
+        """The layer's parameter that is quantised as weights; None of attention, which has none."""
         return getattr(self.layer, self._kernel_name, None)
 
-    def put_kernel(self, kernel: nnx.Param) -> None:
+    def put_kernel(self, kernel: Any) -> None:
         """Gives the layer another one."""
         setattr(self.layer, self._kernel_name, kernel)
 
@@ -155,6 +159,15 @@ class LayerSite(NamedTuple):
 def layer_sites(model: nnx.Module) -> list[LayerSite]:
     """The layers that can be quantised, each once, in order of definition."""
     nodes = dict(nnx.iter_graph(model))
+    owners = Counter(
+        id(value) for node in nodes.values() for value in getattr(node, "__dict__", {}).values()
+    )
+    wrapped = normalised_layers(model)
+
+    def site(path: str, layer: Any, hook: _Hook) -> LayerSite:
+        found = LayerSite(path, layer, hook, has_own_kernel=False)
+        as_stored = getattr(layer, "mask", None) is None and id(layer) not in wrapped
+        return found._replace(has_own_kernel=as_stored and owners[id(found.kernel)] == 1)
 
     def position(parent: Any, name: Any) -> int:
         # NNX traverses attributes by the alphabet, and merging lays them out so; what each module
@@ -169,12 +182,23 @@ def layer_sites(model: nnx.Module) -> list[LayerSite]:
         return [position(nodes.get(path[:depth]), name) for depth, name in enumerate(path)]
 
     found = [
-        (definition_order(path), LayerSite("/".join(map(str, path)), node, hook))
+        (definition_order(path), site("/".join(map(str, path)), node, hook))
         for path, node in nodes.items()
         for hook in _HOOKS
         if isinstance(node, hook.layer)
     ]
     return [site for _, site in sorted(found, key=lambda item: item[0])]
+
+
+def normalised_layers(model: nnx.Module) -> set[int]:
+    """The identities of the modules whose parameters something around them computes anew."""
+    return {
+        id(inside)
+        for _, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.WeightNorm | nnx.SpectralNorm)
+        for _, inside in nnx.iter_graph(node)
+        if isinstance(inside, nnx.Module)
+    }
 
 
 def operand_quantizers(model: nnx.Module) -> dict[str, OperandQuantizer]:
