@@ -25,6 +25,7 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from experiments.freed_memory import keep_freed_memory
 from qat_jax.data import DataError
+from qat_jax.policy import BLOCK_FORMATS
 from qat_jax.policy_file import load_policy, policy_to_yaml
 from qat_jax.training.checkpoint import CheckpointError
 from qat_jax.training.loop import Interrupted, NonFiniteLossError
@@ -45,6 +46,18 @@ _UNUSED_BY_NOTATION = (
     "quant.edge_clipping",
     "quant.shards",
 )
+# Of a policy file: what it says itself, in `configs/_quant.py` and `configs/_ptq.py`.
+_SAID_BY_POLICY = (
+    *_UNUSED_BY_NOTATION,
+    "quant.clipping",
+    "quant.gradient",
+    "quant.edges",
+    "quant.vector_size",
+    "clipping.weights",
+    "clipping.activations",
+)
+# Of a block format, in `configs/_ptq.py`.
+_SAID_BY_BLOCK_FORMAT = ("quant.vector_size", "clipping.weights", "clipping.activations")
 _PROJECT_LOGGERS = ("qat_jax", "experiments")
 
 Run = Callable[[ConfigDict, Path], dict[str, Any]]
@@ -123,6 +136,11 @@ def guarded(work: Callable[[], int]) -> int:
         return fail("interrupted: run the same command again to go on", SIGNAL_BASE + SIGINT)
 
 
+def with_ending(out: Path, ending: str) -> Path:
+    """A path with an ending added: of `lr0.1` nothing is one already."""
+    return out.with_name(out.name + ending)
+
+
 def gathering_main(usage: str, work: Callable[[Path, Path], str]) -> int:
     """A main that makes files of what finished runs left, by the flags --runs and --out.
 
@@ -181,7 +199,7 @@ def parse(argv: Sequence[str], *, default_config: str | None = None) -> Argument
     if not values.workdir:
         raise UsageError("give --workdir=DIR, the folder the run is written to")
     _check_seed(values.config)
-    _check_notation_alone(argv, values.config)
+    _check_quant(argv, values.config)
     _read_policy(values.config)
     return Arguments(config=values.config, workdir=Path(values.workdir))
 
@@ -306,14 +324,20 @@ def _check_seed(config: ConfigDict) -> None:
         raise UsageError(f"seed is {config.seed}: give 0 to {2**32 - 1}")
 
 
-def _check_notation_alone(argv: Sequence[str], config: ConfigDict) -> None:
+def _check_quant(argv: Sequence[str], config: ConfigDict) -> None:
+    """Refuses flags that would change nothing, since others say how to quantise."""
     quant = config.get("quant", ConfigDict())
-    unused = [key for key in _overridden(argv) if key in _UNUSED_BY_NOTATION]
-    if quant.get("notation") and unused:
-        raise UsageError(
-            f"{unused[0]} changes nothing beside quant.notation {quant.notation}: leave one of "
-            "them out"
-        )
+    notation = quant.get("notation")
+    said: tuple[str, ...] = ()
+    if quant.get("policy"):
+        by, said = "quant.policy", _SAID_BY_POLICY
+    elif notation in BLOCK_FORMATS:
+        by, said = f"quant.notation {notation}", _SAID_BY_BLOCK_FORMAT
+    elif notation:
+        by, said = f"quant.notation {notation}", _UNUSED_BY_NOTATION
+    for key in _overridden(argv):
+        if key in said or (said and said is not _UNUSED_BY_NOTATION and key.startswith("scale.")):
+            raise UsageError(f"{key} changes nothing beside {by}: leave one of them out")
 
 
 def _overridden(argv: Sequence[str]) -> Iterator[str]:

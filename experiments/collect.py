@@ -134,16 +134,16 @@ def write(runs: Path, out: Path) -> str:
         FileNotFoundError: there is no finished run.
     """
     results = gather(runs)
-    out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    cli.with_ending(out, ".json").write_text(json.dumps(results, indent=1) + "\n")
     tables = []
     for measure in (ACCURACY, F1):
         tested = [result for result in results if f"test_{measure.name}" in result["metrics"]]
         if tested:
             tables.append(table(tested, measure))
     if not tables:
-        return f"{out.with_suffix('.json')}: {len(results)} runs"
+        return f"{cli.with_ending(out, '.json')}: {len(results)} runs"
     text = "\n".join(tables)
-    out.with_suffix(".md").write_text(text)
+    cli.with_ending(out, ".md").write_text(text)
     return text.rstrip()
 
 

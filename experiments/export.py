@@ -171,7 +171,9 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--calibrate is a number of batches, not {arguments.calibrate}")
     if arguments.format != "stablehlo" and arguments.integers:
         parser.error("--integers is for --format=stablehlo")
-    if arguments.format == "safetensors" and arguments.batch_size:
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        parser.error(f"--batch-size is a number of examples, not {arguments.batch_size}")
+    if arguments.format == "safetensors" and arguments.batch_size is not None:
         parser.error("--batch-size is for --format=stablehlo and onnx: a file of weights has none")
     try:
         written = export(

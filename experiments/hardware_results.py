@@ -34,7 +34,7 @@ def write(runs: Path, out: Path) -> str:
     result = Workdir(found[0]).result()
     del result["config"]  # the command says what is not a default
     result["command"] = without_folders(result["command"])
-    written = [out.with_suffix(".json")]
+    written = [cli.with_ending(out, ".json")]
     written[0].write_text(json.dumps(result, indent=1) + "\n")
     for path in sorted([*found[0].glob("*.csv"), *found[0].glob("*.png")]):
         written.append(out.with_name(f"{out.name}_{path.name}"))

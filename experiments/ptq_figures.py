@@ -71,7 +71,7 @@ def write(runs: Path, out: Path) -> list[Path]:
         raise FileNotFoundError(
             f"no finished run of ptq_tables in {runs}: give the folder above the run folders"
         )
-    written = [out.with_suffix(".json")]
+    written = [cli.with_ending(out, ".json")]
     written[0].write_text(json.dumps([_summary(result) for result in results], indent=1) + "\n")
     per_channel = [
         cell

@@ -132,6 +132,7 @@ def run(sweep: Sweep, launcher: Launcher) -> dict[str, str]:
     # A sweep that was killed after its last cell has nothing to run but its own result to write.
     unfinished = bool(waiting) or not folder.result_path.exists()
     with folder.locked():
+        _tell_of_others(sweep, folder)
         if unfinished:
             folder.begin(sweep.settings())
             folder.result_path.unlink(missing_ok=True)  # of fewer cells
@@ -141,6 +142,20 @@ def run(sweep: Sweep, launcher: Launcher) -> dict[str, str]:
         if unfinished and not failed:
             folder.finish(sweep.settings(), {"rows": rows}, wall_seconds=time.monotonic() - started)
     return failed
+
+
+def _tell_of_others(sweep: Sweep, folder: Workdir) -> None:
+    """Says which runs of an earlier command are not of this one."""
+    if not folder.config_path.exists():
+        return
+    names = {cell.name for cell in sweep.cells}
+    others = [name for name in folder.settings().get("cells", ()) if name not in names]
+    if others:
+        logger.warning(
+            "%s will not name %s, which an earlier command swept: name all values for one table",
+            CSV,
+            ", ".join(others),
+        )
 
 
 def is_finished(sweep: Sweep, cell: Cell) -> bool:

@@ -32,6 +32,11 @@ class LayerInput(NamedTuple):
     groups: int
 
     @property
+    def is_changed(self) -> bool:
+        """Whether its features are not those that the layer is given."""
+        return self.op.rotation is not None or self.op.factors is not None
+
+    @property
     def is_depthwise(self) -> bool:
         """Whether each feature has outputs of its own."""
         return self.axis == self.kernel.get_value().ndim - 1

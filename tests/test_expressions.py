@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 
 import jax
@@ -148,3 +149,30 @@ def test_configs_name_them(tmp_path):
     by_file = build.quantised_model(config)
     assert qj.operand_quantizers(by_file)["linear/weights"].quantizer.gradient is my_rules.faint
     assert isinstance(by_file, nnx.Module)
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """A rule of clipping among several."""
+
+    rules: tuple = ()
+    cap: float = 1.0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Best((qj.Octav(), qj.AbsMax())),
+        Best((qj.Percentile(99.0),)),
+        Best(cap=math.inf),
+        Best(((1, "a"), (None, -math.inf))),
+    ],
+)
+def test_arguments_of_every_kind_are_read_back(value):
+    assert from_text(to_text(value)) == value
+
+
+@pytest.mark.parametrize("value", [Best(cap=math.nan), Best((object(),))])
+def test_what_cannot_be_read_back_is_not_written(value):
+    with pytest.raises(ValueError, match="cannot be described in a file"):
+        to_text(value)

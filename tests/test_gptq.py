@@ -286,3 +286,76 @@ def test_the_pretrained_resnet20_answers_as_in_float(cifar10_test, shared_data):
     assert len(qj.gptq(model, [seen])) == 20
     # Of 700 the float network has 639 right. The standard error of a difference is below 10.
     assert nearest < 585 < 620 < correct()
+
+
+@pytest.mark.parametrize("scale_bits", [2, 3, 4])
+def test_scales_that_are_rounded_after_codes_are_found_change_none(scale_bits):
+    """VS-Quant divides by the scale before it is rounded, and multiplies by the rounded one."""
+    x = correlated(5, 200, 128)
+    plain = linear(128, 24)
+    spread = jnp.exp(0.5 * jax.random.normal(jax.random.key(2), (8, 1, 24)))
+    kernel = plain.layers[0].kernel[...].reshape(8, 16, 24) * spread
+    plain.layers[0].kernel.set_value(kernel.reshape(128, 24))
+    model = qj.quantize_model(plain, qj.Policy.from_notation(f"4/-/{scale_bits}/-"))
+    quantizer = operand_quantizers(model)["layers/0/weights"].quantizer
+    step = qj.quantize(plain.layers[0].kernel[...], quantizer, channel_axis=1, vector_axis=0).step
+    expected, nearest = plain(x), model(x)
+    qj.gptq(model, [x])
+    found = operand_quantizers(model)["layers/0/weights"](model.layers[0].kernel[...], 1, 0)
+    codes = jnp.where(step > 0, found / jnp.where(step > 0, step, 1), 0)
+    np.testing.assert_allclose(codes, jnp.round(codes), atol=1e-4)
+    np.testing.assert_allclose(model(x), x @ found, rtol=1e-4, atol=1e-4)
+    # Rounded to other codes than those that were chosen it would be no better than the nearest.
+    assert jnp.mean((model(x) - expected) ** 2) < 0.3 * jnp.mean((nearest - expected) ** 2)
+
+
+class Shared(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.first, self.again = (nnx.Linear(16, 16, rngs=rngs) for _ in range(2))
+        self.head = nnx.Linear(16, 4, rngs=rngs)
+        self.again.kernel = self.first.kernel
+
+    def __call__(self, x):
+        return self.head(self.again(nnx.relu(self.first(x))))
+
+
+class Masked(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        mask = jnp.tril(jnp.ones((3, 8, 8)))
+        self.first = nnx.Conv(8, 8, 3, mask=mask, rngs=rngs)
+        self.head = nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.first(x))
+
+
+class Normalised(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.first = nnx.WeightNorm(nnx.Linear(8, 8, rngs=rngs), rngs=rngs)
+        self.head = nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.first(x))
+
+
+KERNELS_OF_OTHERS = {
+    "shared": (Shared, (32, 16)),
+    "masked": (Masked, (8, 6, 8)),
+    "normalised": (Normalised, (32, 8)),
+}
+
+
+@pytest.mark.parametrize("case", KERNELS_OF_OTHERS)
+def test_kernels_that_are_not_what_a_layer_multiplies_with_are_left(case):
+    """Nothing that changes kernels may change the network by more than rounding does."""
+    make, shape = KERNELS_OF_OTHERS[case]
+    plain, x = make(), correlated(3, *shape)
+    fine = qj.Quantizer(qj.Int(16), qj.PerTensor(), qj.AbsMax())
+    model = qj.quantize_model(plain, qj.Policy([qj.Rule(".*", fine, fine)]))
+    assert qj.smooth(model, [x]) == ("head/activations",)
+    assert qj.rotate(model) == (("head/activations",))
+    assert qj.gptq(model, [x]) == ("head/weights",)
+    np.testing.assert_allclose(model(x), plain(x), atol=3e-3 * float(jnp.abs(plain(x)).max()))

@@ -161,3 +161,20 @@ def test_rules_of_ones_own():
     np.testing.assert_array_equal(gradient(half), np.full(len(X), 0.5))
     with pytest.raises(ValueError, match="there are ste, pwl, mad"):
         Quantizer(Int(4), gradient="pvl")
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"), [("ste", [2, 2, 2]), ("pwl", [2, 2, 0]), ("mad", [2, 2, 2 * 0.25])]
+)
+def test_second_derivatives_are_those_of_the_estimator(rule, expected):
+    """Of q(x)², whose gradient is 2 q(x) q'(x): with q' held constant it is 2 q'(x)²."""
+    quantizer = Quantizer(Int(4, narrow=True), gradient=rule)
+    x = jnp.array([0.1, 0.2, 2.0])
+
+    def loss(x):
+        return (fake_quant(x, quantizer, threshold=1.0) ** 2).sum()
+
+    found = jax.grad(lambda x: jax.grad(loss)(x).sum())(x)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    with pytest.raises(TypeError, match="forward-mode"):  # and no zeros
+        jax.jvp(jax.grad(loss), (x,), (jnp.ones(3),))

@@ -92,6 +92,34 @@ def on_eight_devices():
         by_hand = [jax.grad(loss)(part, quantizer) for part in parts]
         np.testing.assert_allclose(gradient, jnp.concatenate(by_hand), rtol=1e-4, atol=1e-5)
 
+    # Split along another axis, as by tensor parallelism.
+    for spec in (P(None, "data"), P(None, None, "data")):
+        y = jax.random.normal(jax.random.key(1), (4, 16, 24))
+        other = jax.device_put(y, NamedSharding(mesh, spec))
+        for quantizer in QUANTIZERS:
+            step = jax.jit(jax.grad(loss), static_argnums=1)
+            np.testing.assert_allclose(step(other, quantizer), step(y, quantizer), rtol=1e-4)
+
+    # A learned threshold has the sum of what the shards say.
+    def learned(x, s):
+        return fake_quant(x, QUANTIZERS[0], threshold=s, learned=True)
+
+    def of_shards(s):
+        return jax.shard_map(learned, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))(
+            sharded, s
+        ).sum()
+
+    s = jnp.full((1, 1, 1), 1.5)
+    expected = jax.grad(lambda s: learned(x, s).sum())(s)
+    np.testing.assert_allclose(jax.jit(jax.grad(of_shards))(s), expected, rtol=1e-4)
+
+    # PerShard is for meshes of explicit axes too, which are the default of jax.make_mesh.
+    explicit = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        shards = Quantizer(Int(4), PerShard(8), AbsMax())
+        placed = jax.device_put(x, NamedSharding(explicit, P("data")))
+        np.testing.assert_allclose(jax.jit(shards)(placed), shards(x), rtol=1e-6)
+
     # The search must not gather the array: one sum and two counts travel, together, in each of the
     # Newton steps and in the one that finds the mean.
     program = jax.jit(lambda x: octav(x, Int(4))).lower(sharded).compile().as_text()

@@ -11,6 +11,7 @@ shape, format and groups, and for each layer its quantisers. `docs/read_packed.p
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from flax import nnx
 from qat_jax.array_file import read_arrays, read_metadata, write_arrays
 from qat_jax.description import describe, restore
 from qat_jax.granularity import Groups
+from qat_jax.integer.bits import packed_bytes
 from qat_jax.integer.model import Packed, PackedKernel, PackedOp, PackedTable, install_kernel
 from qat_jax.integer.packed import PackedTensor
 from qat_jax.nnx import (
@@ -44,6 +46,9 @@ VERSION = 1
 _KEY = "qat_jax"
 _WHAT = "packed model"
 _PARTS = ("codes", "scale", "coarse")
+# What metadata has of each kernel, files from before rotations included, and of each layer.
+_DESCRIPTION = {"shape", "dtype", "format", "axes", "vector_size", "scale_bits", "scale_dtype"}
+_OPERANDS = {"weights", "activations"}
 
 
 def save_packed(model: nnx.Module, path: str | Path) -> None:
@@ -160,11 +165,18 @@ def _content(path: str | Path) -> dict[str, Any]:
     written = read_metadata(path, _WHAT).get(_KEY)
     if written is None:
         raise ValueError(f"{path} is not a packed model: write one with save_packed")
-    content = json.loads(written)
-    if content["version"] > VERSION:
-        raise ValueError(
-            f"{path} has layout {content['version']}, this qat_jax knows {VERSION}: upgrade it"
-        )
+    try:
+        content = json.loads(written)
+        version, kernels, layers = (content[name] for name in ("version", "kernels", "layers"))
+        later = version > VERSION
+        whole = all(kernel.keys() >= _DESCRIPTION for kernel in kernels.values())
+        whole &= all(layer.keys() >= _OPERANDS for layer in layers.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: its metadata cannot be read ({error!r})") from error
+    if later:
+        raise ValueError(f"{path} has layout {version}, this qat_jax knows {VERSION}: upgrade it")
+    if not whole:
+        raise ValueError(f"{path} is damaged: its metadata lacks a part")
     return content
 
 
@@ -173,16 +185,35 @@ def _packed(name: str, described: dict[str, Any], arrays: dict[str, np.ndarray])
     codes, scale, coarse = (arrays.pop(f"{name}.{part}", None) for part in _PARTS)
     if codes is None or scale is None:
         raise ValueError(f"the codes or scales of {name} are missing: the file is damaged")
-    if described["scale_bits"] is None:
-        scale = scale.view(jnp.dtype(described["scale_dtype"]))
+    bits, shape = described["scale_bits"], tuple(described["shape"])
+    format = restore(described["format"])
+    groups = Groups(tuple(described["axes"]), described["vector_size"])
+    stored = jnp.dtype(described["scale_dtype"])
+    if bits is None and scale.dtype.itemsize == stored.itemsize:  # see `_plain`
+        scale = scale.view(stored)
+    if (bits is not None or scale.dtype == jnp.float8_e4m3fn) and coarse is None:
+        raise ValueError(f"the coarse scales of {name} are missing: the file is damaged")
+    compact = groups.compact_shape(shape)
+    lengths = {
+        "codes": (codes.shape, (packed_bytes(math.prod(shape), format.bits),)),
+        "scales": (
+            scale.shape,
+            compact if bits is None else (packed_bytes(math.prod(compact), bits),),
+        ),
+    }
+    for what, (found, expected) in lengths.items():
+        if found != expected:
+            raise ValueError(
+                f"the {what} of {name} have shape {found}, not {expected}: the file is damaged"
+            )
     return PackedTensor(
         codes=jnp.asarray(codes),
         scale=jnp.asarray(scale),
         coarse=None if coarse is None else jnp.asarray(coarse),
-        format=restore(described["format"]),
-        scale_bits=described["scale_bits"],
-        groups=Groups(tuple(described["axes"]), described["vector_size"]),
-        shape=tuple(described["shape"]),
+        format=format,
+        scale_bits=bits,
+        groups=groups,
+        shape=shape,
         dtype=np.dtype(described["dtype"]),
     )
 

@@ -74,8 +74,8 @@ def contract(x: Operand, w: Operand, datapath: Datapath) -> Sum:
         )
     if x.scale is None and w.scale is None:
         found = widths(x, w, length=positions * depth, vectors=1, datapath=datapath)
-        x = x.rearranged(lambda a: a.reshape(batch, rows, -1))
-        w = w.rearranged(lambda a: a.reshape(batch, positions * depth, -1))
+        x = x.rearranged(lambda a: a.reshape(batch, rows, positions * depth))
+        w = w.rearranged(lambda a: a.reshape(batch, positions * depth, a.shape[-1]))
         return Sum(Accumulator(_dot(x, w), None), found)
     size = min(x.vector_size or w.vector_size, depth)
     x = x.rearranged(lambda a: _vectors_first(a, 2, size))
@@ -144,9 +144,12 @@ def _dot(x: Operand, w: Operand) -> jax.Array:
         return lax.dot_general(x.codes.astype(jnp.int32), w.codes.astype(jnp.int32), dimensions)
     x_codes, x_zero = _centred(x)
     w_codes, w_zero = _centred(w)
+    if x_zero is not None:
+        # The column sums are one more row of the product: as a sum they would take longer than it.
+        x_codes = jnp.pad(x_codes, ((0, 0), (0, 1), (0, 0)), constant_values=1)
     dot = lax.dot_general(x_codes, w_codes, dimensions, preferred_element_type=jnp.int32)
     if x_zero is not None:
-        dot = dot + x_zero * jnp.sum(w_codes, axis=1, keepdims=True, dtype=jnp.int32)
+        dot = dot[:, :-1] + x_zero * dot[:, -1:]
     if w_zero is not None:
         dot = dot + w_zero * jnp.sum(x.codes, axis=2, keepdims=True, dtype=jnp.int32)
     return dot

@@ -24,6 +24,7 @@ class Operand:
       code_bits: N.
       unsigned: whether no code is negative; None where the codes themselves say so at run time.
       scale_bits: M; 0 where there is no ``scale``.
+      narrow: whether the lowest code is minus the highest.
     """
 
     codes: jax.Array
@@ -33,6 +34,7 @@ class Operand:
     code_bits: int
     unsigned: bool | None
     scale_bits: int
+    narrow: bool = False
 
     @classmethod
     def of(cls, q: QTensor, scale_bits: int) -> "Operand":
@@ -56,14 +58,16 @@ class Operand:
             outer = q.groups.expand(q.scale.astype(dtype), q.shape)
             if q.coarse is not None:
                 outer = outer * q.coarse
-            return cls(q.codes, None, outer, 0, q.format.bits, unsigned, 0)
+            return cls(q.codes, None, outer, 0, q.format.bits, unsigned, 0, q.format.narrow)
         if q.coarse is None or not jnp.issubdtype(q.scale.dtype, jnp.integer):
             raise ValueError(
                 "scales that differ inside a sum need integers in an integer datapath: "
                 "quantise them, scale=IntScale(bits), or share one scale a channel or tensor"
             )
         scale = jnp.broadcast_to(q.groups.expand(q.scale, q.shape), q.shape)
-        return cls(q.codes, scale, q.coarse, size, q.format.bits, unsigned, scale_bits)
+        return cls(
+            q.codes, scale, q.coarse, size, q.format.bits, unsigned, scale_bits, q.format.narrow
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,7 +82,9 @@ class Operand:
     @property
     def largest_code(self) -> int:
         """The largest magnitude that a code can have."""
-        return 2 ** (self.code_bits - 1) if self.unsigned is False else 2**self.code_bits - 1
+        if self.unsigned is False:
+            return 2 ** (self.code_bits - 1) - self.narrow
+        return 2**self.code_bits - 1
 
     @property
     def largest_scale(self) -> int:

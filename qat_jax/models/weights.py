@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from qat_jax.array_file import read_arrays, write_arrays
+from qat_jax.features import layer_inputs, with_usual_kernels
 from qat_jax.models import conventions
 from qat_jax.models.conventions import Convention
 from qat_jax.nnx import is_own_parameter
@@ -29,8 +30,13 @@ def load_weights(model: nnx.Module, path: str | Path) -> None:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not such a file, or its names, shapes or dtypes are not exactly
-            those of the model.
+            those of the model; or that is smoothed or rotated.
     """
+    if any(found.is_changed for found in layer_inputs(model).values()):
+        raise ValueError(
+            "the model is smoothed or rotated, which its kernels are a part of: load weights into "
+            "the float model, before"
+        )
     arrays = read_arrays(path, "weights")
     known = conventions.of_model(model)
     convention = max(known, key=lambda known: len(arrays.keys() & _named(model, known).keys()))
@@ -54,14 +60,16 @@ def save_weights(model: nnx.Module, path: str | Path, library: str | None = None
     """Write a model's parameters and batch statistics to a file that `load_weights` reads.
 
     Args:
-        model: a model of this room, or of `Conv`, `Linear` and `BatchNorm` layers.
+        model: a model of this room, or of `Conv`, `Linear` and `BatchNorm` layers; of a smoothed or
+            rotated one the kernels are written as they were before.
         path: the safetensors file to write, or npz if it ends so; an existing one is replaced
             once the new one is whole.
         library: whose names and layouts; None is the first of those that the model has.
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.
-        ValueError: the library has no such model, a variable no name in it, or `path` is a folder.
+        ValueError: the library has no such model, a variable no name in it, `path` is a folder, or
+            the model is packed.
     """
     known = {convention.library: convention for convention in conventions.of_model(model)}
     library = library or next(iter(known))
@@ -70,9 +78,12 @@ def save_weights(model: nnx.Module, path: str | Path, library: str | None = None
             f"no names for {type(model).__name__} in {library!r}: give one of {', '.join(known)}"
         )
     convention = known[library]
+    variables = _named(with_usual_kernels(model), convention)
+    if empty := [name for name, variable in variables.items() if not variable.get_value().size]:
+        raise ValueError(f"{empty[0]} is packed: qat_jax.export.save_packed writes such a model")
     arrays = {
         name: convention.to_file(name, np.asarray(variable.get_value()))
-        for name, variable in _named(model, convention).items()
+        for name, variable in variables.items()
     }
     write_arrays(arrays, path)
 

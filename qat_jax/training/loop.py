@@ -221,15 +221,21 @@ def _saved(step: int) -> str:
 def _check_finite(
     step: int, metrics: dict[str, Any], operands: Sequence[str], *, checkpointed: int | None
 ) -> None:
-    value = float(metrics["loss"])
-    if math.isfinite(value):
+    # Both: a mean after a ReLU can hide NaN from the loss, XLA's CPU backend makes a number of it.
+    wrong = {
+        what: value
+        for what, name in (("loss", "loss"), ("norm of the gradient", "grad_norm"))
+        if name in metrics and not math.isfinite(value := float(metrics[name]))
+    }
+    if not wrong:
         return
+    what, value = next(iter(wrong.items()))
     counts = jax.device_get(metrics.get(NON_FINITE, {}))
     first = next((name for name in operands if counts.get(name, 0) > 0), None)
     where = f", and first in the operand {first}" if first else ""
     kept = f"; the state of step {checkpointed} is saved" if checkpointed else ""
     raise NonFiniteLossError(
-        f"the loss is {value} at step {step}{where}: lower optimizer.learning_rate or lengthen "
+        f"the {what} is {value} at step {step}{where}: lower optimizer.learning_rate or lengthen "
         f"the warm-up, and start in another --workdir{kept}"
     )
 

@@ -1,6 +1,7 @@
 """What a model is trained for: how it reads a batch, and how far off its outputs are."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -42,7 +43,7 @@ class Normalisation:
         std: one float a channel.
 
     Raises:
-        ValueError: one of them is not a tuple of numbers.
+        ValueError: one of them is not a tuple of numbers, or a deviation is not positive.
     """
 
     mean: tuple[float, ...]
@@ -53,6 +54,8 @@ class Normalisation:
             values = getattr(self, field.name)
             if not all(isinstance(value, int | float) for value in values):
                 raise ValueError(f"{field.name} is {values}: give one number a channel")
+        if not all(0 < value < math.inf for value in self.std):
+            raise ValueError(f"std is {self.std}: give positive numbers")
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """(image / 255 - mean) / std: uint8 [B, H, W, C] to float32 of the same shape."""

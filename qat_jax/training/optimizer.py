@@ -3,6 +3,7 @@
 Durations are given in steps, epochs or percent of the run, exactly one of the three.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,8 +44,8 @@ def duration_in_steps(
         raise ValueError(f"give exactly one of {', '.join(keys)}; got {', '.join(given) or 'none'}")
     (key,) = given
     value = settings[key]
-    if value < 0:
-        raise ValueError(f"{key} is {value}: a duration cannot be negative")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{key} is {value}: a duration is a number that is not negative")
     if key.endswith("_steps"):
         return int(value)
     if key.endswith("_epochs"):

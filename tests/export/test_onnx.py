@@ -69,7 +69,13 @@ FUNCTIONS = {
     "not finite": lambda x: jnp.isfinite(jnp.where(x > 1, jnp.inf, jnp.where(x < -1, jnp.nan, x))),
     "reductions": lambda x: x.sum((1, 2)) * x.max() + x.min(-1).mean((1, 2))[:, None],
     "booleans": lambda x: jnp.any(x > 1, axis=(1, 2)) & jnp.all(x > -9, axis=(1, 2)),
-    "argmax": lambda x: jnp.argmax(x, axis=2),
+    "argmax": lambda x: jnp.argmax(x, axis=2) + jnp.argmin(x, axis=2),
+    "gated": lambda x: nnx.glu(x) + jnp.multiply(*jnp.split(nnx.silu(x), 2, -1)),
+    "more activations": lambda x: jax.nn.elu(x) + jax.nn.softplus(x) * jnp.exp2(x) - jax.nn.mish(x),
+    "rotated halves": lambda x: jnp.stack([-x[..., ::2], x[..., 1::2]], -1).reshape(x.shape),
+    "repeated": lambda x: jnp.tile(x, (1, 2, 1, 1)) + jnp.cumsum(jnp.tile(x, (1, 2, 1, 1)), 1),
+    "remainders": lambda x: lax.rem(3 * x, jnp.float32(0.7)) + (3 * x) % 0.7,
+    "one of two": lambda x: (x > 0) ^ (x < 1),
     "cut": lambda x: jnp.concatenate([x[:, 1:3], x[:, ::-2], x[:, 2:], x[:, 1:6:3]], 1),
     "padded": lambda x: jnp.pad(x, ((0, 0), (1, 0), (2, 3), (0, 0)), constant_values=2),
     "one axis": lambda x: x[:, 0] @ jnp.ones((8, 3)) + jnp.arange(3.0),
@@ -336,3 +342,11 @@ def test_what_onnx_cannot_say_is_named():
     packed = pack_model(qj.quantize_model(layer, "octav-w4a4"), x)
     with pytest.raises(ValueError, match=r"layers/0 computes in integers.*before integer_model"):
         to_onnx(integer_model(packed), x)
+
+
+def test_what_needs_the_size_of_the_batch_says_so():
+    model = Function(lambda x: x - x.mean(0))
+    with pytest.raises(ValueError, match="computes with the size of the batch: give batch_size"):
+        to_onnx(model, INPUTS)
+    exported = to_onnx(model, INPUTS, batch_size=len(INPUTS))
+    np.testing.assert_allclose(in_runtime(exported, INPUTS), model(INPUTS), atol=2e-5)

@@ -301,3 +301,45 @@ def test_a_file_is_for_models_that_compute_in_its_dtype(tmp_path, dtype, use_bia
         rf"make the model with dtype=jnp\.{np.dtype(made_with)}",
     ):
         load_packed(layers(other), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"change_arrays": lambda a: a.pop("layers/1/weights.coarse")},
+            "coarse scales of .* missing",
+        ),
+        (
+            {
+                "change_arrays": lambda a: a.update(
+                    {"layers/1/weights.codes": np.zeros(3, np.uint8)}
+                )
+            },
+            r"codes of layers/1/weights have shape \(3,\), not .* damaged",
+        ),
+        (
+            {
+                "change_arrays": lambda a: a.update(
+                    {"layers/1/weights.scale": np.zeros(1, np.uint8)}
+                )
+            },
+            r"scales of layers/1/weights have shape .* damaged",
+        ),
+        (
+            {"change_content": lambda c: c.pop("version")},
+            r"m\.safetensors is damaged: its metadata",
+        ),
+        ({"change_content": lambda c: c.update(kernels=[1])}, "is damaged: its metadata"),
+        (
+            {"change_content": lambda c: c["kernels"]["layers/1/weights"].pop("axes")},
+            "metadata lacks a part",
+        ),
+    ],
+)
+def test_files_with_parts_missing_are_refused(change, message, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_packed(packed_net("vsquant-4/4U/4/6"), path)
+    rewritten(path, **change)
+    with pytest.raises(ValueError, match=message):
+        load_packed(net(), path)

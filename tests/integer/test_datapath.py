@@ -192,3 +192,20 @@ def test_vectors_of_two_sizes_do_not_meet():
 def test_a_width_is_at_least_a_bit():
     with pytest.raises(ValueError, match="scale_product_bits is at least 1 bit"):
         Datapath(scale_product_bits=0)
+
+
+def test_narrow_codes_are_counted_as_narrow():
+    """127² · 512 < 2**23 where 128² · 512 is not."""
+    codes = np.full((1, 1, 1, 512), 127), np.full((1, 1, 512, 1), 127)
+    wide = [operand(c, None, code_bits=8, scale_bits=0, vector_size=0) for c in codes]
+    narrow = [dataclasses.replace(x, narrow=True) for x in wide]
+    datapath = Datapath(accumulator_bits=24)
+    assert exact(contract(*narrow, datapath)[0]).item() == 127**2 * 512
+    with pytest.raises(ValueError, match="24 bits"):
+        contract(*wide, datapath)
+
+
+def test_nothing_times_something_is_nothing():
+    x = operand(np.zeros((1, 0, 1, 7)), None, code_bits=8, scale_bits=0, vector_size=0)
+    w = operand(np.ones((1, 1, 7, 3)), None, code_bits=8, scale_bits=0, vector_size=0)
+    assert contract(x, w, Datapath())[0].high.shape == (1, 0, 3)

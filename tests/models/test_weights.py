@@ -5,6 +5,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+import qat_jax as qj
+from qat_jax.integer import pack_model
 from qat_jax.models import CifarResNet, load_weights, save_weights
 
 
@@ -168,3 +170,32 @@ def test_a_layer_without_a_pytorch_name_is_refused(tmp_path):
     model = nnx.LoRA(3, 2, 4, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="variable lora_a has no PyTorch name"):
         save_weights(model, tmp_path / "model.safetensors")
+
+
+def mlp(seed):
+    rngs = nnx.Rngs(seed)
+    return nnx.Sequential(nnx.Linear(16, 32, rngs=rngs), nnx.relu, nnx.Linear(32, 8, rngs=rngs))
+
+
+@pytest.mark.parametrize("change", ["rotated", "smoothed", "both"])
+def test_what_changes_kernels_is_not_written(change, tmp_path):
+    """The file is the float network's, whatever basis its layers quantise in."""
+    x = jax.random.normal(jax.random.key(0), (4, 16)) * jnp.arange(1, 17)
+    model = qj.quantize_model(mlp(0), "max-w8a8")
+    if change != "rotated":
+        qj.smooth(model, [x])
+    if change != "smoothed":
+        qj.rotate(model)
+    save_weights(model, tmp_path / "w.safetensors")
+    other = mlp(1)
+    load_weights(other, tmp_path / "w.safetensors")
+    np.testing.assert_allclose(other(x), mlp(0)(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"smoothed or rotated.*load weights into the float model"):
+        load_weights(model, tmp_path / "w.safetensors")
+
+
+def test_packed_models_have_a_file_of_their_own(tmp_path):
+    model = pack_model(qj.quantize_model(mlp(0), "max-w8a8"), jnp.ones((1, 16)))
+    with pytest.raises(ValueError, match="save_packed writes such a model"):
+        save_weights(model, tmp_path / "w.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -75,6 +75,8 @@ def _equation(graph: Graph, equation: JaxprEqn, operands: list[Any]) -> list[Any
         if name == "cond":
             operands = operands[1:]  # which branch
         return _translate(graph, called.jaxpr, _consts(called), operands)
+    if name == "dim_as_value":
+        raise ValueError(_OF_THE_BATCH)
     if all(isinstance(x, np.ndarray) for x in operands) and _constant(equation):
         return _computed(equation.primitive, operands, params)
     if name not in _RULES:
@@ -114,6 +116,7 @@ def _called(equation: JaxprEqn) -> ClosedJaxpr | None:
     return None
 
 
+_OF_THE_BATCH = "the model computes with the size of the batch: give batch_size"
 _SEARCHES = ("while", "scan", "reduce", "sort")  # what finds thresholds other than maxima
 
 
@@ -198,7 +201,7 @@ _OPERATORS = {
     "ge": "GreaterOrEqual", "and": "And", "or": "Or",
     "neg": "Neg", "abs": "Abs", "sign": "Sign", "exp": "Exp", "log": "Log", "sqrt": "Sqrt",
     "tanh": "Tanh", "logistic": "Sigmoid", "erf": "Erf", "floor": "Floor", "ceil": "Ceil",
-    "not": "Not", "sin": "Sin", "cos": "Cos",
+    "not": "Not", "sin": "Sin", "cos": "Cos", "xor": "Xor",
 }  # fmt: skip
 _SAME = ("stop_gradient", "copy", "copy_p", "optimization_barrier", "sharding_constraint")
 
@@ -279,6 +282,32 @@ def _square(graph: Graph, x: Any, *, shape: Shape, dtype: Any) -> Any:
 def _integer_pow(graph: Graph, x: Any, *, shape: Shape, dtype: Any, y: Any) -> Any:
     del shape
     return _elementwise(graph, "Pow", x, np.asarray(y, dtype), dtype=dtype)
+
+
+@_rule("expm1", spreads=True, orders=True)
+def _expm1(graph: Graph, x: Any, *, shape: Shape, dtype: Any, **params: Any) -> Any:
+    del shape, params
+    power = _elementwise(graph, "Exp", x, dtype=dtype)
+    return _elementwise(graph, "Add", power, -np.ones((), dtype), dtype=dtype)
+
+
+@_rule("log1p", spreads=True, orders=True)
+def _log1p(graph: Graph, x: Any, *, shape: Shape, dtype: Any, **params: Any) -> Any:
+    del shape, params
+    more = _elementwise(graph, "Add", x, np.ones((), dtype), dtype=dtype)
+    return _elementwise(graph, "Log", more, dtype=dtype)
+
+
+@_rule("exp2", spreads=True, orders=True)
+def _exp2(graph: Graph, x: Any, *, shape: Shape, dtype: Any, **params: Any) -> Any:
+    del shape, params
+    return _elementwise(graph, "Pow", np.full((), 2, dtype), x, dtype=dtype)
+
+
+@_rule("rem", spreads=True, orders=True)
+def _rem(graph: Graph, x: Any, y: Any, *, shape: Shape, dtype: Any) -> Any:
+    del shape
+    return _elementwise(graph, "Mod", x, y, dtype=dtype, fmod=1)  # the sign is that of x
 
 
 @_rule("erfc", spreads=True, orders=True)
@@ -371,6 +400,36 @@ def _concatenate(graph: Graph, *parts: Any, shape: Shape, dtype: Any, dimension:
     return graph.node("Concat", *parts, shape=shape, dtype=dtype, axis=dimension)
 
 
+@_rule("stack")
+def _stack(graph: Graph, *parts: Any, shape: Shape, dtype: Any, axis: Any) -> Any:
+    one = (*shape[:axis], 1, *shape[axis + 1 :])
+    parts = tuple(graph.reshape(part, one) for part in parts)
+    return graph.node("Concat", *parts, shape=shape, dtype=dtype, axis=axis)
+
+
+@_rule("tile")
+def _tile(graph: Graph, x: Any, *, shape: Shape, dtype: Any, reps: Any) -> Any:
+    return graph.node("Tile", x, np.array(reps, np.int64), shape=shape, dtype=dtype)
+
+
+@_rule("split", orders=True)
+def _split(graph: Graph, x: Any, *, results: Sequence[Any], sizes: Any, axis: Any) -> list[Any]:
+    if not all(isinstance(size, int | np.integer) for size in sizes):
+        raise ValueError(_OF_THE_BATCH)
+    limits = np.cumsum(sizes).tolist()
+    starts = [0, *limits[:-1]]
+    return [
+        _cut(graph, x, {axis: (start, limit, 1)}, result.shape)
+        for start, limit, result in zip(starts, limits, results, strict=True)
+    ]
+
+
+@_rule("cumsum")
+def _cumsum(graph: Graph, x: Any, *, shape: Shape, dtype: Any, axis: Any, reverse: Any) -> Any:
+    place = np.array(axis, np.int64)
+    return graph.node("CumSum", x, place, shape=shape, dtype=dtype, reverse=int(reverse))
+
+
 @_rule("slice", orders=True)
 def _slice(
     graph: Graph,
@@ -405,7 +464,7 @@ def _cut(graph: Graph, x: Tensor, cut: dict[int, tuple[Any, Any, int]], shape: S
     if not cut:
         return x
     if not all(isinstance(number, int) for part in cut.values() for number in part):
-        raise ValueError("a slice depends on the size of the batch: give batch_size")
+        raise ValueError(_OF_THE_BATCH)
     starts, limits, strides = (np.array(row, np.int64) for row in zip(*cut.values(), strict=True))
     axes = np.array([x.places[axis] for axis in cut], np.int64)
     return graph.node("Slice", x, starts, limits, axes, strides,
@@ -528,11 +587,16 @@ _rule("reduce_and")(partial(_reduce_bool, operator="ReduceMin"))
 _rule("reduce_or")(partial(_reduce_bool, operator="ReduceMax"))
 
 
-@_rule("argmax")
-def _argmax(graph: Graph, x: Any, *, shape: Shape, dtype: Any, axes: Any, index_dtype: Any) -> Any:
+def _place(
+    graph: Graph, x: Any, *, shape: Shape, dtype: Any, axes: Any, index_dtype: Any, operator: Any
+) -> Any:
     del index_dtype
-    found = graph.node("ArgMax", x, shape=shape, dtype=np.int64, axis=axes[0], keepdims=0)
+    found = graph.node(operator, x, shape=shape, dtype=np.int64, axis=axes[0], keepdims=0)
     return graph.cast(found, dtype)
+
+
+_rule("argmax")(partial(_place, operator="ArgMax"))
+_rule("argmin")(partial(_place, operator="ArgMin"))
 
 
 # Products
