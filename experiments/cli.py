@@ -67,6 +67,18 @@ class UsageError(ValueError):
     """What the user asked for cannot be done; the message is one line that names the mend."""
 
 
+class Terminated(KeyboardInterrupt):
+    """What Ctrl-C raises, for another signal.
+
+    Attributes:
+        signal_number: its number.
+    """
+
+    def __init__(self, signal_number: int):
+        super().__init__()
+        self.signal_number = signal_number
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """What a command line says.
@@ -132,8 +144,9 @@ def guarded(work: Callable[[], int]) -> int:
         return fail(error, FAILED)
     except Interrupted as error:
         return fail(error, SIGNAL_BASE + error.signal_number)
-    except KeyboardInterrupt:
-        return fail("interrupted: run the same command again to go on", SIGNAL_BASE + SIGINT)
+    except KeyboardInterrupt as error:
+        number = error.signal_number if isinstance(error, Terminated) else SIGINT
+        return fail("interrupted: run the same command again to go on", SIGNAL_BASE + number)
 
 
 def with_ending(out: Path, ending: str) -> Path:
@@ -201,7 +214,8 @@ def parse(argv: Sequence[str], *, default_config: str | None = None) -> Argument
     _check_seed(values.config)
     _check_quant(argv, values.config)
     _read_policy(values.config)
-    return Arguments(config=values.config, workdir=Path(values.workdir))
+    # Shells leave a ~ after = as it is.
+    return Arguments(config=values.config, workdir=Path(values.workdir).expanduser())
 
 
 def require(config: ConfigDict, *keys: str) -> None:

@@ -184,7 +184,7 @@ class ImageClassification:
         return data.ImageFolder(self._path(self.config.dataset.train_split))
 
     def _path(self, split: str) -> Path:
-        return Path(self.config.dataset.data_dir) / split
+        return Path(self.config.dataset.data_dir).expanduser() / split
 
     def _class_count(self, examples: Any) -> int | None:
         """What is known without reading the images."""

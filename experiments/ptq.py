@@ -182,6 +182,11 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     with cli.setup_errors():
         Placement.over_all_devices().check_batch_size(config.batch_size)
         build.ptq_policy(config)  # its errors come before the minutes of loading
+        if config.calibration.pool and not config.calibration.batches:
+            raise ValueError(
+                "calibration.pool joins batches, of which there are none: give "
+                "--config.calibration.batches=5"
+            )
         bench = Bench.from_config(config)
         quantised_model = bench.quantised(config)
 

@@ -249,7 +249,7 @@ def _run_all(sweep: Sweep, waiting: Sequence[Cell], launcher: Launcher) -> dict[
                     gather(sweep)
                 progress.update(running)
                 time.sleep(_POLL_SECONDS)
-        except KeyboardInterrupt:
+        except BaseException:  # whatever it is, no run outlives its sweep
             console.print(f"stopping {len(running)} runs, which save what they have")
             _stop(running.values())
             raise
@@ -342,7 +342,7 @@ def parse(argv: Sequence[str]) -> tuple[Sweep, Launcher]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--main", default="train", choices=MAINS)
     parser.add_argument("--config")
-    parser.add_argument("--workdir", type=Path)
+    parser.add_argument("--workdir", type=lambda path: Path(path).expanduser())
     parser.add_argument("--sweep", type=Path)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--cluster")
@@ -407,8 +407,8 @@ def shared_compilations() -> Iterator[None]:
             del os.environ[_CACHE]
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+def _interrupt(number: int, *_: object) -> None:
+    raise cli.Terminated(number)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -78,7 +78,7 @@ def load_questions(
     if name == JSON:
         if data_dir is None:
             raise DataError(f"{JSON} needs the files' folder: pass --config.dataset.data_dir")
-        return _read_slice(Path(data_dir), split)
+        return _read_slice(Path(data_dir).expanduser(), split)
     source = load_source(name, split, data_dir)
     return [_of_tfds(source[index]) for index in range(len(source))]
 

@@ -33,7 +33,7 @@ def find_pretrained(name: str) -> Pretrained:
     Raises:
         FileNotFoundError: there is nothing of that name.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if name in _PACKAGES and not path.exists():
         package, folder, extra = _PACKAGES[name]
         found = importlib.util.find_spec(package)

@@ -67,7 +67,7 @@ class Workdir:
     """
 
     def __init__(self, path: str | Path, *, writes: bool = True):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()  # shells leave ~ after = as it is
         self.writes = writes
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"

@@ -85,3 +85,11 @@ def test_a_folder_that_is_missing_is_said_to_be(tmp_path, monkeypatch, capsys):
     out.parent.mkdir()
     assert cli.gathering_main("", collect.write) == 0
     assert out.with_suffix(".json").exists()
+
+
+def test_names_may_have_dots(tmp_path):
+    for rate in ("0.1", "0.2"):
+        finished(tmp_path / rate, rate, {"accuracy": 0.1}, test_accuracy=0.9, test_count=10)
+        collect.write(tmp_path / rate, tmp_path / f"lr{rate}")
+    found = sorted(path.name for path in tmp_path.glob("lr*"))
+    assert found == ["lr0.1.json", "lr0.1.md", "lr0.2.json", "lr0.2.md"]

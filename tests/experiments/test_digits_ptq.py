@@ -17,6 +17,23 @@ def main(workdir, *changes):
     return cli.main(ptq.run, ptq.__doc__, arguments)
 
 
+@pytest.mark.parametrize(
+    ("notation", "change", "message"),
+    [
+        ("nvfp4", "clipping.weights=mse", "clipping.weights changes nothing beside quant.notation"),
+        ("nvfp4", "scale.codes=stored", "scale.codes changes nothing beside quant.notation nvfp4"),
+        ("mxfp4", "quant.vector_size=8", "quant.vector_size changes nothing beside"),
+        ("4/4U", "calibration.pool", "calibration.pool joins batches, of which there are none"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(tmp_path, capsys, notation, change, message):
+    workdir = tmp_path / "run"
+    flags = f"--config=configs/digits_ptq.py:{notation}", f"--workdir={workdir}"
+    assert cli.main(ptq.run, ptq.__doc__, ["ptq", *flags, f"--config.{change}"]) == cli.WRONG_USAGE
+    assert message in capsys.readouterr().err
+    assert not workdir.exists()
+
+
 def test_its_weights_are_those_that_the_quickstart_leaves():
     config, first = digits_ptq.get_config(), quickstart.get_config()
     assert "float32" in first.cells

@@ -160,7 +160,12 @@ def test_what_cannot_be_exported_is_said_and_nothing_written(trained, tmp_path, 
     assert "make it first" in capsys.readouterr().err
     assert main(trained, "onnx", tmp_path / "m") == cli.WRONG_USAGE
     assert "freeze them with calibrate" in capsys.readouterr().err
-    for format, flag in [("safetensors", "--integers"), ("safetensors", "--batch-size=2")]:
+    for format, flag in [
+        ("safetensors", "--integers"),
+        ("safetensors", "--batch-size=2"),
+        ("stablehlo", "--batch-size=0"),
+        ("onnx", "--batch-size=-3"),
+    ]:
         with pytest.raises(SystemExit):
             main(trained, format, tmp_path / "m", flag)
     assert not list(tmp_path.iterdir())

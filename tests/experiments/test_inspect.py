@@ -107,6 +107,7 @@ def test_batch_norms_suit_each_choice_where_they_are_reestimated(weights, batche
         ("nvfp4", "--config.inspect.suggest_bits=4", "of which there are no other bits"),
         ("4/4U", "--config.inspect.suggest_bits=1.5", "1.5 bits on average cannot be had"),
         ("4/4U", "--config.inspect.candidates=(1,)", "bits"),
+        ("4/4U", "--config.inspect.examples=0", "inspect.examples is 0: give at least 1"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, weights, capsys, notation, change, message):

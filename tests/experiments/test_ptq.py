@@ -198,6 +198,8 @@ def test_tables_go_on_where_they_were_stopped(tmp_path, weights, monkeypatch):
     monkeypatch.setattr(ptq_tables, "measure", stopped)
     assert cli.main(ptq_tables.run, ptq_tables.__doc__, arguments) == 130
     monkeypatch.setattr(ptq_tables, "measure", measure)
+    with (tmp_path / "x" / "cells.jsonl").open("a") as log:
+        log.write('{"table": "si')  # as a machine that goes down leaves it
     assert cli.main(ptq_tables.run, ptq_tables.__doc__, arguments) == 0
     metrics = json.loads((tmp_path / "x" / "result.json").read_text())["metrics"]
     assert [cell["column"] for cell in metrics["cells"]] == ["1", "2", "4"]

@@ -65,7 +65,8 @@ def test_cells_are_runs_and_a_failing_one_stops_none(tmp_path, capsys):
     assert json.loads((workdir / "result.json").read_text())["metrics"] == result["metrics"]
 
 
-def test_a_sweep_that_is_stopped_saves_its_runs_and_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_stopped_saves_its_runs_and_goes_on(tmp_path, number):
     workdir = tmp_path / "sweep"
     # Long enough to be stopped, and saved rarely.
     changes = ["--sweep.seed=5", "--config.total_epochs=400", "--config.log_every_steps=1"]
@@ -77,9 +78,9 @@ def test_a_sweep_that_is_stopped_saves_its_runs_and_goes_on(tmp_path):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said = process.communicate()[1]
-    assert process.returncode == cli.SIGNAL_BASE + cli.SIGINT
+    assert process.returncode == cli.SIGNAL_BASE + number
     assert "stopping 1 runs, which save what they have" in said
     assert "run the same command again to go on" in said
     assert any((workdir / "seed=5" / "checkpoints").iterdir())
@@ -133,6 +134,14 @@ def test_a_wrong_command_is_refused_before_anything_is_written(tmp_path, capsys,
     assert sweep.main(command(tmp_path / "sweep", *changes)) == cli.WRONG_USAGE
     assert message in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
+
+
+def test_what_an_earlier_command_swept_is_named(tmp_path, capsys, caplog):
+    small = "--config.total_epochs=1", "--config.model.width=2"
+    for seed in (0, 1):
+        assert sweep.main(command(tmp_path / "sweep", f"--sweep.seed={seed}", *small)) == 0
+    said = caplog.text + capsys.readouterr().err
+    assert "sweep.csv will not name seed=0, which an earlier command swept" in said
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):

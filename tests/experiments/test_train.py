@@ -383,6 +383,37 @@ def test_what_a_notation_has_no_use_for_is_refused(tmp_path, capsys, setting):
     assert cli.main(train.run, train.__doc__, arguments) == cli.WRONG_USAGE
     key = setting.partition("=")[0]
     assert f"quant.{key} changes nothing beside quant.notation 4/4U" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "setting", ["weight_bits=3", "edge_bits=4", "clipping=exact", "gradient=ste", "narrow=False"]
+)
+def test_what_a_policy_says_itself_is_refused(tmp_path, capsys, setting):
+    (tmp_path / "p.yaml").write_text("- {pattern: .*, notation: 4/4}\n")
+    changes = f"--config.quant.policy={tmp_path / 'p.yaml'}", f"--config.quant.{setting}"
+    assert main(tmp_path / "run", *changes) == cli.WRONG_USAGE
+    key = setting.partition("=")[0]
+    assert f"quant.{key} changes nothing beside quant.policy" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("dataset.std=(0,)", "std is (0,): give positive numbers"),
+        ("total_epochs=inf", "total_epochs is inf: a duration is a number"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(tmp_path, capsys, change, message):
+    assert main(tmp_path / "run", f"--config.{change}") == cli.WRONG_USAGE
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = cli.parse(command("~/runs/one"))
+    assert arguments.workdir == tmp_path / "runs" / "one"
     assert not (tmp_path / "run").exists()
 
 

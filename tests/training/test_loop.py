@@ -155,6 +155,19 @@ def test_a_non_finite_loss_ends_the_run_and_is_never_saved(lab, tmp_path, log_ev
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
+def test_a_gradient_that_is_not_finite_ends_the_run_too(lab, tmp_path):
+    """The loss may not show it: XLA's CPU backend has a mean after a ReLU that hides NaN."""
+
+    @jax.jit
+    def exploding(state, batch):
+        state, metrics = lab.train_step(state, batch)
+        return state, metrics | {"grad_norm": jnp.where(state.step == 3, jnp.nan, 1.0)}
+
+    plan = Plan(total=7, eval_every=100, checkpoint_every=2, log_every=1)
+    with pytest.raises(NonFiniteLossError, match="norm of the gradient is nan at step 3: lower"):
+        lab.fit(tmp_path, plan, train_step=exploding)
+
+
 def test_a_non_finite_loss_names_the_operand_that_saw_it_first(lab, tmp_path):
     """A kernel becomes infinite; what comes after it is not finite either."""
     model = qj.quantize_model(lab.model(), qj.uniform_policy(4, 4, edge_bits=4))
