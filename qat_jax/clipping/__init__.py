@@ -2,8 +2,9 @@
 
 A clipping rule is a frozen value with one method, ``threshold(x, format, axes)``: a pure reduction
 of x over ``axes``, which stay with length 1. Thresholds are float32 (float64 for float64 input),
-0 for a group of zeros and not finite for a group that holds NaN or infinity. Nothing here is
-differentiated: gradients are the business of ``gradients``.
+0 for a group of zeros and not finite for a group that holds NaN or infinity, or, of `Octav`, whose
+magnitudes add up to more than the dtype holds. Nothing here is differentiated: gradients are the
+business of ``gradients``.
 """
 
 from qat_jax.clipping.absmax import AbsMax

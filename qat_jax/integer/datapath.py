@@ -84,6 +84,43 @@ def contract(x: Operand, w: Operand, datapath: Datapath) -> Sum:
     return Sum(_accumulate(x, w, found), found)
 
 
+def contract_each(x: Operand, w: Operand, datapath: Datapath) -> Sum:
+    """A product of elements, summed up over the leading axis, every one a vector of its own.
+
+    It is `contract` of groups of one feature, where a matrix product would have a single column.
+
+    Args:
+      x: the left operand, [S, …].
+      w: the right operand, [S, …], which broadcasts with x.
+      datapath: its widths.
+
+    Returns:
+      The sums, of the shape of a product of elements without its leading axis.
+
+    Raises:
+      ValueError: an accumulator can overflow.
+    """
+    count = x.shape[0]
+    scaled = x.scale is not None or w.scale is not None
+    length, vectors = (1, count) if scaled else (count, 1)
+    found = widths(x, w, length=length, vectors=vectors, datapath=datapath)
+    single = not scaled or found.accumulator <= SINGLE_LIMIT
+    zeros = jnp.zeros(jnp.broadcast_shapes(x.shape[1:], w.shape[1:]), jnp.int32)
+    total = Accumulator(zeros, None if single else zeros)
+    for s in range(count):  # not a loop: compilers make one pass over the input of it
+        product = x.codes[s].astype(jnp.int32) * w.codes[s].astype(jnp.int32)
+        if not scaled:
+            total = Accumulator(total.high + product, None)
+            continue
+        scales = (None if a is None else a[s].astype(jnp.int32) for a in (x.scale, w.scale))
+        scale = _round(_product(*scales), found)
+        if single:
+            total = Accumulator(total.high + product * scale, None)
+        else:
+            total = _add_wide(total, product, scale)
+    return Sum(total, found)
+
+
 def _accumulate(x: Operand, w: Operand, found: Widths) -> Accumulator:
     """Sums over the leading axis of x [S, B, M, V] times w [S, B, V, N]."""
     shape = (*x.shape[1:3], w.shape[3])

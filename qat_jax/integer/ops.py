@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qat_jax import ops
-from qat_jax.integer.datapath import contract
+from qat_jax.integer.datapath import contract, contract_each
 from qat_jax.integer.operand import Operand
 from qat_jax.integer.widths import Datapath
 
@@ -152,7 +152,7 @@ def conv_general_dilated(
         return a.transpose(*w_space, w_input, w_output)
 
     def patches(a: jax.Array) -> jax.Array:  # [groups, N * pixels, window, features of a group]
-        a = unfold(features_last(a))
+        a = jnp.stack(unfold(features_last(a)), axis=-2)
         a = a.reshape(-1, a.shape[-2], feature_group_count, a.shape[-1] // feature_group_count)
         return a.transpose(2, 0, 1, 3)
 
@@ -162,11 +162,25 @@ def conv_general_dilated(
         a = a.reshape(-1, inputs, feature_group_count, outputs // feature_group_count)
         return a.transpose(2, 0, 1, 3)
 
-    summed = contract(x_operand.rearranged(patches), w_operand.rearranged(kernels), datapath)
-    batch, *pixels = jax.eval_shape(unfold, features_last(x_operand.codes)).shape[:-2]
+    def shifted(a: jax.Array) -> jax.Array:  # [window, N, pixels…, features, 1]
+        return jnp.stack(unfold(features_last(a)))[..., None]
+
+    def taps(a: jax.Array) -> jax.Array:  # [window, 1, 1…, features, outputs of a feature]
+        a = outputs_last(a)
+        ones = [1] * (1 + len(x_space))
+        return a.reshape(math.prod(a.shape[:-2]), *ones, feature_group_count, -1)
+
+    batch, *pixels = jax.eval_shape(unfold, features_last(x_operand.codes))[0].shape[:-1]
     outer = features_last(x_operand.outer) * outputs_last(w_operand.outer)
-    made = summed.to_float(outer.dtype).reshape(feature_group_count, batch, *pixels, -1)
-    made = jnp.moveaxis(made, 0, -2).reshape(batch, *pixels, -1) * outer
+    if feature_group_count > 1 and w_operand.shape[w_input] == 1:
+        x_operand, w_operand = x_operand.rearranged(shifted), w_operand.rearranged(taps)
+        made = contract_each(x_operand, w_operand, datapath).to_float(outer.dtype)
+    else:
+        x_operand, w_operand = x_operand.rearranged(patches), w_operand.rearranged(kernels)
+        made = contract(x_operand, w_operand, datapath).to_float(outer.dtype)
+        made = made.reshape(feature_group_count, batch, *pixels, -1)
+        made = jnp.moveaxis(made, 0, -2)
+    made = made.reshape(batch, *pixels, -1) * outer
     out_batch, out_feature, *out_space = spec.out_spec
     return jnp.moveaxis(made, range(made.ndim), (out_batch, *out_space, out_feature))
 
@@ -217,8 +231,8 @@ def _unfolding(
     padding: str | Sequence[tuple[int, int]],
     input_dilation: Sequence[int],
     window_dilation: Sequence[int],
-) -> Callable[[jax.Array], jax.Array]:
-    """Makes [N, pixels of the output…, window, C] of [N, pixels of the input…, C]."""
+) -> Callable[[jax.Array], list[jax.Array]]:
+    """Makes [N, pixels of the output…, C], for each place in the window, of the input likewise."""
     dilated = [(n - 1) * d + 1 for n, d in zip(space, input_dilation, strict=True)]
     reach = [(n - 1) * d + 1 for n, d in zip(window, window_dilation, strict=True)]
     if isinstance(padding, str):
@@ -227,7 +241,7 @@ def _unfolding(
     padded = [n + low + high for n, (low, high) in zip(dilated, padding, strict=True)]
     spans = [(n - r) // s * s + 1 for n, r, s in zip(padded, reach, strides, strict=True)]
 
-    def unfold(a: jax.Array) -> jax.Array:
+    def unfold(a: jax.Array) -> list[jax.Array]:
         a = lax.pad(a, jnp.zeros((), a.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
         shifted = []
         for offset in itertools.product(*map(range, window)):
@@ -236,7 +250,7 @@ def _unfolding(
             shifted.append(
                 lax.slice(a, (0, *first, 0), (a.shape[0], *last, a.shape[-1]), (1, *strides, 1))
             )
-        return jnp.stack(shifted, axis=-2)
+        return shifted
 
     return unfold
 
