@@ -48,6 +48,8 @@ _FEW_COLUMNS = (
     *("vectors", "rounding", "smoothing"),
     *("bert_vectors", "bert_rounding", "bert_outliers", "bert_where"),
 )
+# Figures whose columns, or rows in their place, are in an order: lines, where others have bars.
+_IN_ORDER = ("sizes", "scales", "vectors", "bert_scales", "bert_vectors")
 _TICKS = (-2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 80)
 
 
@@ -142,7 +144,7 @@ def _draw(
     table: str,
     path: Path,
 ) -> None:
-    """A line for each row over the columns: points lost against float."""
+    """A line, or bars, for each row over the columns: points lost against float."""
     published = PUBLISHED.get(table)
     theirs = published.values if published else {}
     found: dict[str, dict[str, float]] = {}
@@ -155,13 +157,20 @@ def _draw(
     colours = {row: f"C{number}" for number, row in enumerate(found)}
     float_percent = 100 * metrics["float_accuracy"]
     title = f"{experiment}: {metrics['count']} examples, float {float_percent:.1f} %"
-    _lines(axes[0, 0], found, float_percent, title, colours)
+    plot = _lines if table in _IN_ORDER else _bars
+    plot(axes[0, 0], found, float_percent, colours)
+    axes[0, 0].set_title(title, fontsize=10)
     error = math.sqrt(float_percent * (100 - float_percent) / metrics["count"])
-    axes[0, 0].axhspan(-error, error, color="grey", alpha=0.15, label="± 1 standard error")
-    axes[0, 0].set_ylabel("points below float")
+    axes[0, 0].axhspan(
+        -error, error, color="grey", alpha=0.15, zorder=0, label="± 1 standard error"
+    )
     if published:
         title = f"as published: {published.network}, float {published.in_float} %"
-        _lines(axes[0, 1], theirs, published.in_float, title, colours)
+        plot(axes[0, 1], theirs, published.in_float, colours)
+        axes[0, 1].set_title(title, fontsize=10)
+    even = math.ceil(max(error, 1))  # what is in the noise need not be told apart
+    axes[0, 0].set_yscale("symlog", linthresh=even, linscale=0.6)  # of both
+    axes[0, 0].set_ylabel(f"points below float, logarithmic beyond {even}")
     low, high = sorted(axes[0, 0].get_ylim())  # shared by both
     ticks = [tick for tick in _TICKS if low <= tick <= high]
     axes[0, 0].set_yticks(ticks, labels=map(str, ticks))
@@ -185,21 +194,35 @@ def _transposed(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]
 
 
 def _lines(
-    axes: Any,
-    rows: dict[str, dict[str, float]],
-    reference: float,
-    title: str,
-    colours: dict[str, str],
+    axes: Any, rows: dict[str, dict[str, float]], reference: float, colours: dict[str, str]
 ) -> None:
+    columns = _named_columns(axes, rows)
     for row, values in rows.items():
+        places = [columns.index(column) for column in values]
         lost = [reference - value for value in values.values()]
-        columns = [column.replace(", ", ",\n") for column in values]
-        axes.plot(columns, lost, "o-", label=row, color=colours.get(row, "black"))
-    axes.set_title(title, fontsize=10)
-    axes.set_yscale("symlog", linthresh=1)
-    axes.grid(alpha=0.3)
-    for label in axes.get_xticklabels():
-        label.set(rotation=30, ha="right", rotation_mode="anchor")
+        axes.plot(places, lost, "o-", label=row, color=colours.get(row, "black"))
+
+
+def _bars(
+    axes: Any, rows: dict[str, dict[str, float]], reference: float, colours: dict[str, str]
+) -> None:
+    columns = _named_columns(axes, rows)
+    width = 0.8 / max(len(rows), 1)
+    for number, (row, values) in enumerate(rows.items()):
+        shift = (number - (len(rows) - 1) / 2) * width
+        places = [columns.index(column) + shift for column in values]
+        lost = [reference - value for value in values.values()]
+        axes.bar(places, lost, width, label=row, color=colours.get(row, "black"))
+
+
+def _named_columns(axes: Any, rows: dict[str, dict[str, float]]) -> list[str]:
+    """The columns that rows have, and ticks for them."""
+    columns = list(dict.fromkeys(column for values in rows.values() for column in values))
+    labels = [column.replace(", ", ",\n") for column in columns]
+    axes.set_xticks(range(len(columns)), labels, rotation=30, ha="right", rotation_mode="anchor")
+    axes.grid(alpha=0.3, axis="y")
+    axes.set_axisbelow(True)
+    return columns
 
 
 def main() -> int:
