@@ -11,7 +11,9 @@ import sys
 
 import numpy as np
 
-TYPES = {"F32": "<f4", "F16": "<f2", "U8": "u1", "U16": "<u2", "I32": "<i4", "BF16": "<u2"}
+TYPES = {"BOOL": "?", "U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "BF16": "<u2"}
+TYPES |= {"I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
+TYPES |= {"F32": "<f4", "F16": "<f2"}
 
 
 def arrays_of(path):
