@@ -143,12 +143,13 @@ accelerator for longer than minutes; the counterparts are smaller networks on fe
   shrinking, where BERT-base's is published as 3.7 after two.
 - OCTAV, table 5, and VS-Quant, tables 2, 3 and 6, without training and of one network: another
   training by the recipe of the 70.7, F1 70.6,
-  [`squad_minilm_256_float.md`](squad_minilm_256_float.md), on 497 of the questions (standard error 2), `ptq_minilm_256_*`: thresholds of every batch, six
-  calibrators of static ones, vectors by the bits of their scales. At 8, 6 and 4 bits dynamic OCTAV
-  has 70.3, 68.8 and 45.8, static 70.3, 67.5 and 45.5, the sweep 71.0, 68.8 and 37.8; percentiles
-  come to at most 70.2, 68.4 and 40.8. The published columns are BERT-base, trained quantised for
-  the dynamic ones. An earlier training (F1 70.8 on the 497; no file of it is here), which the
-  hardware model's figures are of: `ptq_minilm_bert_*`.
+  [`squad_minilm_256_float.md`](squad_minilm_256_float.md), on 497 of the questions (standard error
+  2), `ptq_minilm_256_*`: thresholds of every batch, six calibrators of static ones, vectors by the
+  bits of their scales. At 8, 6 and 4 bits dynamic OCTAV has 70.3, 68.8 and 45.8, static 70.3, 67.5
+  and 45.5, the sweep 71.0, 68.8 and 37.8; percentiles come to at most 70.2, 68.4 and 40.8. The
+  published columns are BERT-base, trained quantised for the dynamic ones. An earlier training (F1
+  70.8 on the 497; no file of it is here), which the hardware model's figures are of:
+  `ptq_minilm_bert_*`.
 - Embeddings of that network at few bits too:
   [`ptq_minilm_embeddings.md`](ptq_minilm_embeddings.md).
 - The 70.7 without training, outliers of activations as they are, smoothed or rotated, and where the
