@@ -83,9 +83,11 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="see above")
+    parser.add_argument(
+        "--checkpoint", type=cli.path, required=True, metavar="RUN", help="see above"
+    )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--context-file", type=Path, help="a text file that holds the answer")
+    where.add_argument("--context-file", type=cli.path, help="a text file that holds the answer")
     where.add_argument("--context", help="the text itself")
     parser.add_argument("--n-best", type=int, default=3, help="how many answers to show")
     parser.add_argument("question")

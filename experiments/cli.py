@@ -37,7 +37,7 @@ FAILED = 1
 WRONG_USAGE = 2
 SIGNAL_BASE = 128  # a shell's status of a command ended by signal n is 128 + n
 SIGINT = int(signal.SIGINT)
-# Of `configs/_quant.py`: what changes nothing beside a notation.
+# How the names of flags begin that change nothing; beside a notation, in `configs/_quant.py`.
 _UNUSED_BY_NOTATION = (
     "quant.weight_bits",
     "quant.activation_bits",
@@ -53,11 +53,11 @@ _SAID_BY_POLICY = (
     "quant.gradient",
     "quant.edges",
     "quant.vector_size",
-    "clipping.weights",
-    "clipping.activations",
+    "clipping.",
+    "scale.",
 )
 # Of a block format, in `configs/_ptq.py`.
-_SAID_BY_BLOCK_FORMAT = ("quant.vector_size", "clipping.weights", "clipping.activations")
+_SAID_BY_BLOCK_FORMAT = ("quant.vector_size", "clipping.", "scale.")
 _PROJECT_LOGGERS = ("qat_jax", "experiments")
 
 Run = Callable[[ConfigDict, Path], dict[str, Any]]
@@ -149,6 +149,11 @@ def guarded(work: Callable[[], int]) -> int:
         return fail("interrupted: run the same command again to go on", SIGNAL_BASE + number)
 
 
+def path(written: str) -> Path:
+    """A path of a command line: shells leave a ~ after = as it is."""
+    return Path(written).expanduser()
+
+
 def with_ending(out: Path, ending: str) -> Path:
     """A path with an ending added: of `lr0.1` nothing is one already."""
     return out.with_name(out.name + ending)
@@ -168,8 +173,8 @@ def gathering_main(usage: str, work: Callable[[Path, Path], str]) -> int:
     parser = argparse.ArgumentParser(
         description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=Path, required=True, help="the folder above the run folders")
-    parser.add_argument("--out", type=Path, required=True, help="where to write, without a suffix")
+    parser.add_argument("--runs", type=path, required=True, help="the folder above the run folders")
+    parser.add_argument("--out", type=path, required=True, help="where to write, without a suffix")
     arguments = parser.parse_args()
     if not arguments.out.parent.is_dir():
         parser.error(f"--out: there is no folder {arguments.out.parent}: make it first")
@@ -214,8 +219,7 @@ def parse(argv: Sequence[str], *, default_config: str | None = None) -> Argument
     _check_seed(values.config)
     _check_quant(argv, values.config)
     _read_policy(values.config)
-    # Shells leave a ~ after = as it is.
-    return Arguments(config=values.config, workdir=Path(values.workdir).expanduser())
+    return Arguments(config=values.config, workdir=path(values.workdir))
 
 
 def require(config: ConfigDict, *keys: str) -> None:
@@ -350,7 +354,7 @@ def _check_quant(argv: Sequence[str], config: ConfigDict) -> None:
     elif notation:
         by, said = f"quant.notation {notation}", _UNUSED_BY_NOTATION
     for key in _overridden(argv):
-        if key in said or (said and said is not _UNUSED_BY_NOTATION and key.startswith("scale.")):
+        if key.startswith(said):
             raise UsageError(f"{key} changes nothing beside {by}: leave one of them out")
 
 

@@ -158,9 +158,11 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="see above")
+    parser.add_argument(
+        "--checkpoint", type=cli.path, required=True, metavar="RUN", help="see above"
+    )
     parser.add_argument("--format", choices=FORMATS, required=True, help="see above")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="what to write")
+    parser.add_argument("--out", type=cli.path, required=True, metavar="FILE", help="what to write")
     parser.add_argument("--integers", action="store_true", help="a program that adds integers")
     parser.add_argument("--batch-size", type=int, help="of a program; any if not given")
     parser.add_argument(

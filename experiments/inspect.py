@@ -96,7 +96,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if wanted.examples < 1:
             raise ValueError(f"inspect.examples is {wanted.examples}: give at least 1")
         if wanted.sensitivity or alternatives:
-            training_examples(bench, config)  # before minutes are spent on the rest
+            bench.task.calibration_source()  # its errors come before the minutes of the rest
 
     folder.begin(settings)
     inputs = bench.first_inputs(config.batch_size)
@@ -263,29 +263,18 @@ def suggest(
     }
 
 
-def training_examples(bench: Bench, config: ConfigDict) -> dict[str, Any]:
-    """What losses are measured on: training examples, so that test examples stay unseen.
-
-    Raises:
-        ValueError: the config names none.
-        DataError: they are not there.
-    """
-    task = bench.task
-    return tasks.calibration_batch(
-        task, task.calibration_source(), batch_size=config.inspect.examples, seed=config.seed
-    )
-
-
 def measured(
     bench: Bench, config: ConfigDict, switched: nnx.Module, choices: Sequence[Mapping[str, int]]
 ) -> Iterator[float]:
-    """The losses of choices of quantisers on `training_examples`.
+    """Losses on training examples, so that test examples stay unseen.
 
     Where the config re-estimates batch norms they take the statistics of these examples: those that
     suit one choice of quantisers ruin another.
     """
     task = bench.task
-    batch = training_examples(bench, config)
+    batch = tasks.calibration_batch(
+        task, task.calibration_source(), batch_size=config.inspect.examples, seed=config.seed
+    )
     switched.eval()
     if config.calibration.batch_norm_batches:
         switched.set_attributes(nnx.BatchNorm, use_running_average=False, raise_if_not_found=False)

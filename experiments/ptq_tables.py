@@ -51,7 +51,7 @@ import qat_jax as qj
 from experiments import build, cli
 from experiments.ptq import Bench, needs_training_examples
 from qat_jax.training.sharding import Placement
-from qat_jax.training.workdir import Workdir, write_text
+from qat_jax.training.workdir import Workdir, keep_lines
 
 logger = logging.getLogger("experiments.ptq_tables")
 
@@ -354,7 +354,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     folder.begin(settings)
     log = workdir / "cells.jsonl"
-    done = {(c["table"], c["row"], c["column"]): c for c in _whole_lines(log)}
+    done = {(c["table"], c["row"], c["column"]): c for c in keep_lines(log)}
     in_float = bench.measure(bench.model)
     float_accuracy = in_float[bench.task.headline]
     logger.info("float: %.1f %%", 100 * float_accuracy)
@@ -374,16 +374,6 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "cells": [done[cell[:3]] for cell in todo],
     }
     return folder.finish(settings, metrics, wall_seconds=time.monotonic() - started)
-
-
-def _whole_lines(log: Path) -> list[dict[str, Any]]:
-    """What a file has a line for; a last one that was cut short is taken from it."""
-    if not log.exists():
-        return []
-    *lines, cut = log.read_text().split("\n")
-    if cut:
-        write_text(log, "".join(f"{line}\n" for line in lines))
-    return [json.loads(line) for line in lines]
 
 
 def measure(bench: Bench, config: ConfigDict) -> dict[str, Any]:

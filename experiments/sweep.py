@@ -342,8 +342,8 @@ def parse(argv: Sequence[str]) -> tuple[Sweep, Launcher]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--main", default="train", choices=MAINS)
     parser.add_argument("--config")
-    parser.add_argument("--workdir", type=lambda path: Path(path).expanduser())
-    parser.add_argument("--sweep", type=Path)
+    parser.add_argument("--workdir", type=cli.path)
+    parser.add_argument("--sweep", type=cli.path)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--cluster")
     try:

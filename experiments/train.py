@@ -37,7 +37,6 @@ from ml_collections import ConfigDict
 import qat_jax as qj
 from experiments import build, cli, tasks
 from qat_jax import data
-from qat_jax.features import with_usual_kernels
 from qat_jax.models import save_weights
 from qat_jax.nnx import is_weight
 from qat_jax.training import hosts
@@ -225,13 +224,10 @@ def train(config: ConfigDict, folder: Workdir, started: float) -> dict[str, Any]
 
 
 def save_trained(graphdefs: GraphDefs, state: TrainState, devices: Placement, path: Path) -> None:
-    """Leaves the parameters that were judged, under another library's names (`save_weights`).
-
-    Kernels are those of a float model: without the run's smoothing and rotation.
-    """
+    """Leaves the parameters that were judged, under another library's names (`save_weights`)."""
     whole = jax.jit(devices.gather)((state.evaluated_params, state.evaluated_model_state))
     if hosts.is_first():
-        save_weights(with_usual_kernels(nnx.merge(graphdefs.evaluation, *whole)), path)
+        save_weights(nnx.merge(graphdefs.evaluation, *whole), path)
 
 
 def join_hosts(config: ConfigDict) -> None:

@@ -18,7 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
-from qat_jax.batches import refuse_one_array
+from qat_jax.batches import arrays_apart, refuse_one_array
 from qat_jax.nnx import copy_model, normalised_layers, report
 from qat_jax.padding import keep_padding
 
@@ -190,14 +190,11 @@ def _pairs(model: nnx.Module, args: tuple, kwargs: dict[str, Any]) -> list[tuple
         elif type(node) is nnx.BatchNorm and node.mean.get_value().ndim == 1:
             _mix(node, _TaggedBatchNorm, tag=_INPUT + _name(path))
     graphdef, state = nnx.split(tagged)
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")}
+    arrays, rest = arrays_apart((args, kwargs))
 
     def forward(state: nnx.State, arrays: dict[int, jax.Array]) -> Any:
         model: Any = nnx.merge(graphdef, state)
-        args, kwargs = jax.tree.unflatten(
-            structure, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
-        )
+        args, kwargs = rest.with_arrays(arrays)
         outputs = [y for y in jax.tree.leaves(model(*args, **kwargs)) if isinstance(y, jax.Array)]
         return outputs, nnx.state(model)  # what a layer leaves in a variable is used, too
 

@@ -1,7 +1,8 @@
 """Sample batches, and the thresholds that they suggest."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +37,32 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "dtype")
 
 
+@dataclasses.dataclass(frozen=True)
+class Rest:
+    """What a batch is besides its arrays, to be a constant of a program.
+
+    Attributes:
+      structure: the tree of the batch.
+      leaves: its leaves; None in the place of each array.
+    """
+
+    structure: jax.tree_util.PyTreeDef
+    leaves: tuple[Any, ...]
+
+    def with_arrays(self, arrays: Mapping[int, Any]) -> Any:
+        """The batch again, or one like it, of arrays by their places among the leaves."""
+        leaves = [arrays.get(place, leaf) for place, leaf in enumerate(self.leaves)]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+def arrays_apart(batch: Any) -> tuple[dict[int, Any], Rest]:
+    """The arrays of a batch by their places among its leaves, and the rest."""
+    leaves, structure = jax.tree.flatten(batch)
+    arrays = {place: leaf for place, leaf in enumerate(leaves) if is_array(leaf)}
+    others = (None if place in arrays else leaf for place, leaf in enumerate(leaves))
+    return arrays, Rest(structure, tuple(others))
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``jax.jit`` of a function of a state and a batch whose flags stay what they are.
 
@@ -45,33 +72,22 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.partial(jax.jit, static_argnums=0)
-    def program(others: tuple[Any, ...], state: Any, arrays: list[Any]) -> Any:
-        structure, leaves = others
-        rest = iter(arrays)
-        leaves = [next(rest) if leaf is _ARRAY else leaf for leaf in leaves]
-        return function(state, *jax.tree.unflatten(structure, leaves))
+    def program(rest: Rest, state: Any, arrays: dict[int, Any]) -> Any:
+        return function(state, *rest.with_arrays(arrays))
 
     def call(state: Any, *inputs: Any) -> Any:
-        leaves, structure = jax.tree.flatten(inputs)
-        others = tuple(_ARRAY if is_array(leaf) else leaf for leaf in leaves)
-        return program((structure, others), state, [leaf for leaf in leaves if is_array(leaf)])
+        arrays, rest = arrays_apart(inputs)
+        return program(rest, state, arrays)
 
     return call
 
 
 def abstract(function: Callable[..., Any], state: Any, *inputs: Any) -> Any:
     """``jax.eval_shape`` of a function of a state and a batch: see `compiled`."""
-    leaves, structure = jax.tree.flatten(inputs)
-
-    def of_arrays(state: Any, arrays: dict[int, Any]) -> Any:
-        all_leaves = [arrays.get(place, leaf) for place, leaf in enumerate(leaves)]
-        return function(state, *jax.tree.unflatten(structure, all_leaves))
-
-    arrays = {place: leaf for place, leaf in enumerate(leaves) if is_array(leaf)}
-    return jax.eval_shape(of_arrays, state, arrays)
-
-
-_ARRAY = object()  # in the place of an array among constants
+    arrays, rest = arrays_apart(inputs)
+    return jax.eval_shape(
+        lambda state, arrays: function(state, *rest.with_arrays(arrays)), state, arrays
+    )
 
 
 def mean_candidates(

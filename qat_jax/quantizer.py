@@ -394,6 +394,16 @@ def code_step(
       An array that broadcasts to x; 0 where there is no step.
     """
     threshold, groups = _grouped(x, quantizer, channel_axis, vector_axis, threshold)
+    return _code_step(x, threshold, quantizer, groups, channel_axis)
+
+
+def _code_step(
+    x: jax.Array,
+    threshold: jax.Array,
+    quantizer: Quantizer,
+    groups: Groups,
+    channel_axis: ChannelAxis,
+) -> jax.Array:
     _, step = quantizer.scale.store(threshold, quantizer.format.grid(x).steps, channel_axis)
     return groups.expand(step, x.shape)
 
@@ -429,8 +439,7 @@ def _fake_quant_at(
 
     def of_threshold(x: jax.Array, y: jax.Array, threshold: jax.Array, g: jax.Array) -> jax.Array:
         grid = quantizer.format.grid(x)
-        _, step = quantizer.scale.store(threshold, grid.steps, channel_axis)
-        step = groups.expand(step, x.shape)
+        step = _code_step(x, threshold, quantizer, groups, channel_axis)
         x, y, g = (array.astype(threshold.dtype) for array in (x, y, g))
         saturates = (x < grid.low * step) | (x > grid.high * step)
         change = jnp.where(saturates, y, y - x) * groups.expand(reciprocal(threshold), x.shape)

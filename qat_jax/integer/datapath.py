@@ -5,6 +5,7 @@ scales, which may be rounded first, and accumulated. Nothing is a float before t
 full.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -104,20 +105,14 @@ def contract_each(x: Operand, w: Operand, datapath: Datapath) -> Sum:
     scaled = x.scale is not None or w.scale is not None
     length, vectors = (1, count) if scaled else (count, 1)
     found = widths(x, w, length=length, vectors=vectors, datapath=datapath)
-    single = not scaled or found.accumulator <= SINGLE_LIMIT
-    zeros = jnp.zeros(jnp.broadcast_shapes(x.shape[1:], w.shape[1:]), jnp.int32)
-    total = Accumulator(zeros, None if single else zeros)
+    total = _empty(jnp.broadcast_shapes(x.shape[1:], w.shape[1:]), found)
     for s in range(count):  # not a loop: compilers make one pass over the input of it
         product = x.codes[s].astype(jnp.int32) * w.codes[s].astype(jnp.int32)
-        if not scaled:
-            total = Accumulator(total.high + product, None)
-            continue
-        scales = (None if a is None else a[s].astype(jnp.int32) for a in (x.scale, w.scale))
-        scale = _round(_product(*scales), found)
-        if single:
-            total = Accumulator(total.high + product * scale, None)
+        if scaled:
+            scales = (None if a is None else a[s].astype(jnp.int32) for a in (x.scale, w.scale))
+            total = _add(total, product, scales, found)
         else:
-            total = _add_wide(total, product, scale)
+            total = Accumulator(total.high + product, None)
     return Sum(total, found)
 
 
@@ -129,20 +124,30 @@ def _accumulate(x: Operand, w: Operand, found: Widths) -> Accumulator:
         None if x.scale is None else x.scale[..., :1].astype(jnp.int32),
         None if w.scale is None else w.scale[..., :1, :].astype(jnp.int32),
     )
-    single = found.accumulator <= SINGLE_LIMIT
 
     def add(total: Accumulator, vector: tuple) -> tuple[Accumulator, None]:
         x_codes, w_codes, *scales = vector
         dot = _dot(x.rearranged(lambda _: x_codes), w.rearranged(lambda _: w_codes))
-        product = _round(_product(*scales), found)
-        if single:
-            return Accumulator(total.high + dot * product, None), None
-        return _add_wide(total, dot, product), None
+        return _add(total, dot, scales, found), None
 
-    zeros = jnp.zeros(shape, jnp.int32)
-    start = Accumulator(zeros, None if single else zeros)
-    total, _ = lax.scan(add, start, (x.codes, w.codes, *scales))
+    total, _ = lax.scan(add, _empty(shape, found), (x.codes, w.codes, *scales))
     return total
+
+
+def _empty(shape: tuple[int, ...], found: Widths) -> Accumulator:
+    """Of one word where that holds the sums."""
+    zeros = jnp.zeros(shape, jnp.int32)
+    return Accumulator(zeros, None if found.accumulator <= SINGLE_LIMIT else zeros)
+
+
+def _add(
+    total: Accumulator, dot: jax.Array, scales: Iterable[jax.Array | None], found: Widths
+) -> Accumulator:
+    """Adds a vector's sum of products times its two scales."""
+    product = _round(_product(*scales), found)
+    if total.low is None:
+        return Accumulator(total.high + dot * product, None)
+    return _add_wide(total, dot, product)
 
 
 def _add_wide(total: Accumulator, dot: jax.Array, product: jax.Array) -> Accumulator:

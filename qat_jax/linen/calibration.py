@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 from flax import traverse_util
+from flax.core.scope import union_filters
 
 from qat_jax.batches import compiled, mean_candidates, mean_of_runs
 from qat_jax.linen.model import QuantizedModel
@@ -65,8 +66,7 @@ def calibrate(
       >>> variables["thresholds"]["activations"]
       Array([[2.]], dtype=float32)
     """
-    also = kwargs.pop("mutable", [])
-    mutable = [THRESHOLDS, *([also] if isinstance(also, str) else also or [])]
+    mutable = union_filters(THRESHOLDS, kwargs.pop("mutable", False))
     frozen = frozen_thresholds(variables)
     others = {name: value for name, value in variables.items() if name != THRESHOLDS}
 

@@ -126,15 +126,11 @@ class LayerSite(NamedTuple):
     @property
     def kernel(self) -> Any:
         """The layer's parameter that is quantised as weights; None of attention, which has none."""
-        return getattr(self.layer, self._kernel_name, None)
+        return getattr(self.layer, _kernel_name(self.layer), None)
 
     def put_kernel(self, kernel: Any) -> None:
         """Gives the layer another one."""
-        setattr(self.layer, self._kernel_name, kernel)
-
-    @property
-    def _kernel_name(self) -> str:
-        return "embedding" if self.is_embedding else "kernel"
+        setattr(self.layer, _kernel_name(self.layer), kernel)
 
     @property
     def kernel_rank(self) -> int:
@@ -156,6 +152,10 @@ class LayerSite(NamedTuple):
         setattr(self.layer, self.hook.attribute, nnx.data(replacement))
 
 
+def _kernel_name(layer: nnx.Module) -> str:
+    return "embedding" if isinstance(layer, nnx.Embed) else "kernel"
+
+
 def layer_sites(model: nnx.Module) -> list[LayerSite]:
     """The layers that can be quantised, each once, in order of definition."""
     nodes = dict(nnx.iter_graph(model))
@@ -165,9 +165,9 @@ def layer_sites(model: nnx.Module) -> list[LayerSite]:
     wrapped = normalised_layers(model)
 
     def site(path: str, layer: Any, hook: _Hook) -> LayerSite:
-        found = LayerSite(path, layer, hook, has_own_kernel=False)
         as_stored = getattr(layer, "mask", None) is None and id(layer) not in wrapped
-        return found._replace(has_own_kernel=as_stored and owners[id(found.kernel)] == 1)
+        own = as_stored and owners[id(getattr(layer, _kernel_name(layer), None))] == 1
+        return LayerSite(path, layer, hook, has_own_kernel=own)
 
     def position(parent: Any, name: Any) -> int:
         # NNX traverses attributes by the alphabet, and merging lays them out so; what each module

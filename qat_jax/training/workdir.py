@@ -13,7 +13,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -67,7 +67,7 @@ class Workdir:
     """
 
     def __init__(self, path: str | Path, *, writes: bool = True):
-        self.path = Path(path).expanduser()  # shells leave ~ after = as it is
+        self.path = Path(path)
         self.writes = writes
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"
@@ -278,18 +278,27 @@ def flatten(metrics: Mapping[str, Any]) -> dict[str, float | int]:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Keeps the lines of a metrics file up to `step`; a line cut short by a crash goes too."""
+    """Keeps the lines of a metrics file up to `step`: see `keep_lines`."""
+    keep_lines(path, lambda line: line["step"] <= step)
+
+
+def keep_lines(
+    path: Path, wanted: Callable[[dict[str, Any]], bool] = lambda line: True
+) -> list[dict[str, Any]]:
+    """Keeps the lines of a file of JSON that are wanted; one cut short by a crash goes, too.
+
+    Returns:
+        What they say; nothing where there is no file.
+    """
     if not path.exists():
-        return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_kept(line, step)]
-    write_text(path, "".join(f"{line}\n" for line in kept))
-
-
-def _is_kept(line: str, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= step
-    except json.JSONDecodeError:
-        return False
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if wanted(read := json.loads(line)):
+                kept.append((line, read))
+    write_text(path, "".join(f"{line}\n" for line, _ in kept))
+    return [read for _, read in kept]
 
 
 def software() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from qat_jax.granularity import ChannelAxis, Groups, PerShard, VectorAxis
 from qat_jax.integer.model import (
     IntegerAttention,
     IntegerOp,
+    PackedKernel,
     PackedOp,
     PackedTable,
     with_kernel,
@@ -265,6 +266,9 @@ def traced_model(model: nnx.Module, *inputs: Any) -> nnx.Module:
         negative = any((run.codes < 0).any() for run in in_all_runs(codes, path))
         return TracedQuantizer.of(operand, path, negative=negative)
 
+    def stored(kernel: PackedKernel) -> StoredKernel:
+        return StoredKernel.of(unpack(kernel.packed), kernel.packed.format)
+
     for site in layer_sites(model):
         match site.installed:
             case IntegerOp() | IntegerAttention():
@@ -273,13 +277,9 @@ def traced_model(model: nnx.Module, *inputs: Any) -> nnx.Module:
                     "give the packed model, from before integer_model"
                 )
             case PackedOp() as op:
-                packed = op.weights.packed
-                kernel = StoredKernel.of(unpack(packed), packed.format)
-                site.install(TracedOp(op, traced(op.activations), kernel))
+                site.install(TracedOp(op, traced(op.activations), stored(op.weights)))
             case PackedTable() as table:
-                packed = table.weights.packed
-                kernel = StoredKernel.of(unpack(packed), packed.format)
-                site.install(TracedTable(table, kernel))
+                site.install(TracedTable(table, stored(table.weights)))
             case QuantizedAttention() as attention:
                 names = ("query", "key", "attention_weights", "value")
                 operands = {name: traced(getattr(attention, name)) for name in names}
