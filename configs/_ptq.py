@@ -31,7 +31,7 @@ def ptq_config(notation: str) -> dict[str, Any]:
             "overrides": (),
             "embeddings": "",  # bits of their tables, or a notation such as 4/-/6/-; "": in float
         },
-        # max, octav, exact, mse, entropy or a percentile such as p99.99.
+        # max, octav, refit, exact, mse, entropy or a percentile such as p99.99.
         "clipping": {"weights": "max", "activations": "max"},
         # The integer scales of vectors: see qat_jax.IntScale.
         "scale": {

@@ -52,7 +52,7 @@ def quant_config(arg: str) -> ConfigDict:
         if not equals or key not in DEFAULTS:
             raise ValueError(
                 f"cannot read {part!r}: give 'float' or some of bits=4|w4, notation=4/4U/4/6, "
-                "clipping=octav|octav10|max|exact|mse|p99.9, gradient=mph|mad|pwl|ste, "
+                "clipping=octav|octav10|max|refit|exact|mse|p99.9, gradient=mph|mad|pwl|ste, "
                 "scaling=dynamic|carried|static|learned, separated by commas"
             )
         values[key] = value

@@ -86,6 +86,7 @@ CLIPPINGS: dict[str, Clipping] = {
     "octav": qj.Octav(),
     "octav10": qj.Octav(10),  # the paper's ten iterations, on all elements
     "exact": qj.Exact(),
+    "refit": qj.Refit(),  # for vectors: nearly as good, at the price of a few passes
     "mse": qj.MseSweep(),
     "entropy": qj.Entropy(),
 }

@@ -23,7 +23,7 @@ Examples:
             --config.calibration.batches=5 …
 
 Other flags: --config.quant.vector_size, --config.clipping.weights and .activations (max, octav,
-exact, mse, entropy, p99.99), --config.scale.codes, .order, .zero and .clipping,
+refit, exact, mse, entropy, p99.99), --config.scale.codes, .order, .zero and .clipping,
 --config.quant.overrides="('.*depthwise=8/8U',)", --config.fold_batch_norm,
 --config.calibration.smoothing_batches (outliers of activations moved into kernels as so many
 batches suggest: SmoothQuant), .rotate (features turned by Hadamard matrices), .gptq_batches

@@ -7,7 +7,17 @@ from qat_jax.calibration import (
     load_thresholds,
     save_thresholds,
 )
-from qat_jax.clipping import AbsMax, Entropy, Exact, Fixed, MseSweep, Octav, Percentile, octav
+from qat_jax.clipping import (
+    AbsMax,
+    Entropy,
+    Exact,
+    Fixed,
+    MseSweep,
+    Octav,
+    Percentile,
+    Refit,
+    octav,
+)
 from qat_jax.diagnostics import Diagnostics, diagnose, fake_quant_with_diagnostics
 from qat_jax.formats import Float, Int
 from qat_jax.gptq import gptq
@@ -58,6 +68,7 @@ __all__ = [
     "Policy",
     "QTensor",
     "Quantizer",
+    "Refit",
     "Rule",
     "Storage",
     "calibrate",

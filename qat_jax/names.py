@@ -23,6 +23,7 @@ TYPES: dict[str, type] = {
         clipping.Exact,
         clipping.Fixed,
         clipping.MseSweep,
+        clipping.Refit,
         clipping.Octav,
         clipping.Percentile,
         scales.FloatScale,

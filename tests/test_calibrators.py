@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat_jax.clipping import AbsMax, Entropy, Exact, MseSweep, Octav, Percentile
+from qat_jax.clipping import AbsMax, Entropy, Exact, MseSweep, Octav, Percentile, Refit
 from qat_jax.formats import Float, Int
 
-RULES = [Percentile(99), MseSweep(20), Entropy(64, 16), Exact()]
+RULES = [Percentile(99), MseSweep(20), Entropy(64, 16), Exact(), Refit(4)]
 FORMATS = [
     Int(2),
     Int(3),
@@ -18,6 +18,7 @@ FORMATS = [
     Int(8),
     Int(3, signed=False),
     Int(3, signed=None),
+    Int(2, signed=None),
     Int(2, signed=False, narrow=True),
     Float(2, 1),
     Float(2, 3),
@@ -130,6 +131,55 @@ def test_exact_recovers_a_grid_that_the_data_lies_on(size):
     x = (0.37 * codes).astype(np.float32)
     s = threshold(Exact(), Int(4, narrow=True), x, (0,))
     np.testing.assert_allclose(s, [7 * 0.37], rtol=1e-5)
+
+
+def errors_of_vectors(rule, format, x):
+    """The squared error of each row, in float64."""
+    s = np.asarray(threshold(rule, format, x, (1,)), np.float64)[:, 0]
+    return np.array([squared_error(row, t, format)[0] for row, t in zip(x, s, strict=True)])
+
+
+@pytest.mark.parametrize("law", ["normal", "laplace"])
+@pytest.mark.parametrize(
+    ("format", "size"),
+    [(Int(3, narrow=True), 64), (Int(4, narrow=True), 16), (Int(4), 32), (Float(2, 1), 16)],
+    ids=str,
+)
+def test_few_refitted_steps_are_nearly_the_best_of_all(format, size, law):
+    x = getattr(np.random.default_rng(0), law)(size=(200, size)).astype(np.float32)
+    found, least, evenly = (
+        errors_of_vectors(rule, format, x).sum() for rule in (Refit(), Exact(), MseSweep(100))
+    )
+    assert found <= 1.03 * least
+    assert found <= 1.01 * evenly
+
+
+@settings(max_examples=20)
+@given(
+    format=st.sampled_from(FORMATS),
+    size=st.sampled_from([1, 2, 5, 16, 40]),
+    points=st.sampled_from([2, 8]),
+    seed=st.integers(0, 10**6),
+)
+def test_refitting_is_the_least_squares_of_the_codes(format, size, points, seed):
+    """Each candidate's codes, the slope that suits them, and the best of those, in float64."""
+    x = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+    x[0] = 3  # the largest, of either sign's formats
+    codes, steps = codes_of(format, x)
+    middles = np.asarray(format.midpoints)
+    spacing = np.diff(middles)[-1] if len(middles) > 1 else 1
+    below = min(1.25 * spacing, codes.max() / 3)
+    held = np.maximum(x, 0) if getattr(format, "signed", True) is False else x
+    errors, thresholds = [], []
+    for beyond in np.linspace(-below, spacing * np.sqrt(size / 12), points):
+        scaled = held.astype(np.float64) / 3 * (codes.max() + beyond)
+        q = codes[np.argmin(np.abs(scaled[:, None] - codes), axis=1)]
+        slope = q @ held / (q @ q) if q.any() else 3 / (codes.max() + beyond)
+        errors.append(np.sum((held - slope * q) ** 2))
+        thresholds.append(slope * steps)
+    s = float(threshold(Refit(points), format, x, (0,))[0])
+    close = np.isclose(thresholds, s, rtol=1e-4)
+    assert np.min(np.where(close, errors, np.inf)) <= min(errors) * (1 + 1e-3) + 1e-9
 
 
 @pytest.mark.parametrize("percent", [1.5, 50, 99, 99.99, 100])

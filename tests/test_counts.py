@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
 
-from qat_jax import Entropy, IntScale, MseSweep, Octav, PerShard, PerVector
+from qat_jax import Entropy, IntScale, MseSweep, Octav, PerShard, PerVector, Refit
 
 COUNTED = [
     (Octav, "iterations"),
     (MseSweep, "points"),
+    (Refit, "points"),
     (Entropy, "bins"),
     (Entropy, "candidates"),
     (PerShard, "count"),

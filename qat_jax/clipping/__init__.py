@@ -14,6 +14,7 @@ from qat_jax.clipping.fixed import Fixed
 from qat_jax.clipping.octav import Octav, octav
 from qat_jax.clipping.percentile import Percentile
 from qat_jax.clipping.protocol import Clipping, Refining, accumulation_dtype
+from qat_jax.clipping.refit import Refit
 from qat_jax.clipping.sweep import MseSweep
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Octav",
     "Percentile",
     "Refining",
+    "Refit",
     "accumulation_dtype",
     "octav",
 ]

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qat_jax.clipping.groups import keepdims_shape, merged, rescaled, sums, unit_groups
+from qat_jax.clipping.groups import keepdims_shape, merged, rescaled, unit_groups
 from qat_jax.clipping.loops import repeat
+from qat_jax.clipping.refit import Candidate, best_refit, refit
 from qat_jax.formats import FloatGrid, Format, Grid
 
 # Up to so many breakpoints, each is tried.
@@ -21,9 +22,6 @@ _BINS_PER_OCTAVE = 512
 _OCTAVES = 16
 _CANDIDATES_PER_OCTAVE = 64
 _REFINEMENTS = 3
-
-Candidate = Callable[[jax.Array], jax.Array]
-Loop = Callable[[int, Callable[[jax.Array, Any], Any], Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +55,14 @@ class Exact:
         tries_all = size * len(middles) <= _BREAKPOINTS
         if tries_all:
             candidates = _breakpoints(groups, group_axes, middles)
-            step = _best_step(groups, group_axes, 1.0, grid, *candidates, repeat)
+            step = best_refit(groups, group_axes, 1.0, grid, *candidates, repeat)
         elif size <= 2 * _BINS:
             candidates = _logarithmic(jnp.zeros_like(largest), size, grid)
-            step = _best_step(groups, group_axes, 1.0, grid, *candidates, _one_function)
+            step = best_refit(groups, group_axes, 1.0, grid, *candidates, _one_function)
         else:
             candidates = _logarithmic(jnp.zeros_like(largest.reshape(-1)), size, grid)
             support, weight = _histogram(merged(groups, group_axes))
-            step = _best_step(support, (1,), weight, grid, *candidates, _one_function)
+            step = best_refit(support, (1,), weight, grid, *candidates, _one_function)
             step = step.reshape(largest.shape)
         if not tries_all:
             step = _refined(groups, group_axes, step, grid)
@@ -125,28 +123,6 @@ def _histogram(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     return support[None], counts.astype(rows.dtype)
 
 
-def _best_step(
-    x: jax.Array,
-    axes: tuple[int, ...],
-    weight: jax.Array | float,
-    grid: Grid | FloatGrid,
-    candidate: Candidate,
-    count: int,
-    loop: Loop,
-) -> jax.Array:
-    """The step of least weighted error among the refitted candidates; 0 for groups of zeros."""
-
-    def try_candidate(
-        i: jax.Array, best: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        error, refitted = _refit(x, axes, weight, candidate(i), grid)
-        better = error < best[0]  # NaN, where the candidate is 0, is not
-        return jnp.where(better, error, best[0]), jnp.where(better, refitted, best[1])
-
-    zero = jnp.zeros_like(candidate(jnp.int32(0)))
-    return loop(count, try_candidate, (zero + jnp.inf, zero))[1]
-
-
 def _one_function(count: int, step: Callable[[jax.Array, Any], Any], state: Any) -> Any:
     """A loop that XLA may compile as a whole, which on long groups is faster than `repeat`."""
     return lax.fori_loop(0, count, step, state)
@@ -161,28 +137,8 @@ def _refined(
         _: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         least, best, step = carry
-        error, refitted = _refit(groups, axes, 1.0, step, grid)
+        error, refitted = refit(groups, axes, 1.0, step, grid)
         better = error < least
         return jnp.where(better, error, least), jnp.where(better, refitted, best), refitted
 
     return _one_function(_REFINEMENTS, refine, (jnp.full_like(step, jnp.inf), step, step))[1]
-
-
-def _refit(
-    x: jax.Array,
-    axes: tuple[int, ...],
-    weight: jax.Array | float,
-    step: jax.Array,
-    grid: Grid | FloatGrid,
-) -> tuple[jax.Array, jax.Array]:
-    """The best step for the codes that a step leads to, and its error.
-
-    Sums of what is left, not of x: x² would drown a small error in rounding.
-    """
-    wide = jnp.expand_dims(step, axes)
-    codes = grid.round(x / wide)
-    rest = x - codes * wide
-    terms = weight * rest * rest, weight * rest * codes, weight * codes * codes
-    square, cross, energy = sums(terms, axes)
-    shift = cross / jnp.where(energy > 0, energy, 1)
-    return square - shift * cross, step + shift

@@ -22,6 +22,9 @@ _SMALL = 256
 # A longer axis of such groups is reduced in two steps, the last one of so many elements: XLA's CPU
 # backend uses lanes for a pair of sums only where the reduction is short.
 _UNROLLED = 16
+# So many groups whose elements are neighbours in memory are turned at a time: more would be read
+# from beyond a cache once for each element of a group.
+_TURNED = 1024
 
 
 def keepdims_shape(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -32,10 +35,10 @@ def keepdims_shape(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
 def arranged(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
     """An array with ``axes`` where reductions are fast, and where that is.
 
-    Of many small groups they come first, the longer ones split: a processor's lanes then run across
-    the groups instead of along one that is soon over. The axes of the groups themselves are merged
-    from the end until the last is long enough for that; a leading one may be sharded, which
-    gathers nothing. Otherwise they come last (`groups_last`).
+    Of many small groups they come before the last axis, the longer ones split: a processor's lanes
+    then run across the groups instead of along one that is soon over. The axes of the groups
+    themselves are merged from the end until the last is long enough for that; a leading one may be
+    sharded, which gathers nothing. Otherwise they come last (`groups_last`).
 
     What a reduction over the new axes returns has one entry for each group;
     ``jnp.expand_dims(…, axes)`` spreads it over the groups again.
@@ -46,14 +49,26 @@ def arranged(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int,
         lanes = [x.shape[axis] for axis in kept]
         while len(lanes) > 1 and lanes[-1] < _SHORT:
             lanes[-2:] = [lanes[-2] * lanes[-1]]
-        return x.transpose(axes + kept).reshape(*sizes, *lanes), tuple(range(len(sizes)))
+        if x.ndim - 1 not in axes:
+            return x.transpose(axes + kept).reshape(*sizes, *lanes), tuple(range(len(sizes)))
+        lanes[-1:] = _turned(lanes[-1])
+        x = x.transpose(kept + axes).reshape(*lanes, *sizes)
+        place = len(lanes) - 1
+        return jnp.moveaxis(x, place, -1), tuple(range(place, place + len(sizes)))
     groups = groups_last(x, axes)
     return groups, tuple(range(x.ndim - len(axes), groups.ndim))
 
 
 def _parts(size: int) -> tuple[int, ...]:
     """Lengths of the axes that an axis of small groups is split into."""
-    return (_UNROLLED, size // _UNROLLED) if size % _UNROLLED == 0 and size > _UNROLLED else (size,)
+    return (size // _UNROLLED, _UNROLLED) if size % _UNROLLED == 0 and size > _UNROLLED else (size,)
+
+
+def _turned(lanes: int) -> tuple[int, int]:
+    """How many times how many groups are turned."""
+    fair = (length for length in range(_TURNED, _TURNED // 16, -1) if lanes % length == 0)
+    length = next(fair, lanes)
+    return lanes // max(length, 1), length
 
 
 def groups_last(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -112,7 +127,7 @@ def sums(values: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequence[jax.Arr
     def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         return tuple(p + q for p, q in zip(a, b, strict=True))
 
-    if kept and axes == tuple(range(len(axes))):  # small groups
+    if axes[-1] < len(shape) - 1:  # small groups
         parts = tuple(values)
         for axis in reversed(axes):
             parts = lax.reduce(parts, zeros, add, (axis,))

@@ -133,10 +133,14 @@ class Octav:
         model = format if self.noise == "grid" else dataclasses.replace(format, narrow=False)
         groups, group_axes = arranged(x, axes)
         dtype = accumulation_dtype(x)
+        c = noise_constant(x, model)
+        if group_axes[-1:] and group_axes[-1] < groups.ndim - 1:
+            # Small groups are written anew, so that their magnitudes cost nothing.
+            groups, format = format.magnitude(groups), dataclasses.replace(format, signed=False)
         # Zeros like a sum over x, which is never computed: inside shard_map a loop's state has to
         # vary over the mesh from the start, as x does.
         zeros = jnp.zeros_like(jnp.sum(groups, group_axes), dtype)
-        return _Problem(groups, group_axes, format, noise_constant(x, model), zeros)
+        return _Problem(groups, group_axes, format, c, zeros)
 
 
 def octav(
