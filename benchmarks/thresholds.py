@@ -47,6 +47,7 @@ CALIBRATORS: dict[str, Clipping] = {
     "percentile 99.9": qj.Percentile(99.9),
     "mse sweep, 100 points": qj.MseSweep(100),
     "entropy": qj.Entropy(),
+    "refit, 8 points": qj.Refit(),
     EXACT: qj.Exact(),
 }
 

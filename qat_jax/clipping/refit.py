@@ -24,9 +24,9 @@ class Refit:
 
     A step leads to codes, and codes to the step that suits them best, by least squares. In vectors
     of 16 to 64 elements so few steps are worth trying that they cost little more than `Octav`'s
-    iterations, and leave less error than `MseSweep` of a hundred thresholds: of Gaussian numbers
-    at up to 4 bits, E2M1 among them, within 3 % of the least, which `Exact` finds by trying all
-    (`results/thresholds_cpu_jax012.json`).
+    iterations, and leave less error than `MseSweep` of a hundred thresholds
+    (`results/thresholds_cpu_jax012.json`): of Gaussian numbers in signed codes of up to 4 bits,
+    E2M1 too, within 3 % of the least, which `Exact` finds by trying all.
 
     The largest magnitude gets from one and a quarter codes below the highest, but two thirds of it
     at least, to √(n/12) beyond it, evenly: clipping it by more would cost more than rounding all n
