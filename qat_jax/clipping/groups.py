@@ -23,8 +23,10 @@ _SMALL = 256
 # backend uses lanes for a pair of sums only where the reduction is short.
 _UNROLLED = 16
 # So many groups whose elements are neighbours in memory are turned at a time: more would be read
-# from beyond a cache once for each element of a group.
+# from beyond a cache once for each element of a group. Fewer than sixteen times that lie in one,
+# and would be too few parts for devices that share them.
 _TURNED = 1024
+_PARTS = 16
 
 
 def keepdims_shape(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -59,6 +61,11 @@ def arranged(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int,
     return groups, tuple(range(x.ndim - len(axes), groups.ndim))
 
 
+def side_by_side(groups: jax.Array, axes: tuple[int, ...]) -> bool:
+    """Whether `arranged` groups are small ones, one a lane."""
+    return groups.ndim - 1 not in axes
+
+
 def _parts(size: int) -> tuple[int, ...]:
     """Lengths of the axes that an axis of small groups is split into."""
     return (size // _UNROLLED, _UNROLLED) if size % _UNROLLED == 0 and size > _UNROLLED else (size,)
@@ -66,9 +73,11 @@ def _parts(size: int) -> tuple[int, ...]:
 
 def _turned(lanes: int) -> tuple[int, int]:
     """How many times how many groups are turned."""
+    if lanes < _PARTS * _TURNED:
+        return 1, lanes
     fair = (length for length in range(_TURNED, _TURNED // 16, -1) if lanes % length == 0)
     length = next(fair, lanes)
-    return lanes // max(length, 1), length
+    return lanes // length, length
 
 
 def groups_last(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -127,7 +136,7 @@ def sums(values: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequence[jax.Arr
     def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         return tuple(p + q for p, q in zip(a, b, strict=True))
 
-    if axes[-1] < len(shape) - 1:  # small groups
+    if side_by_side(values[0], axes):
         parts = tuple(values)
         for axis in reversed(axes):
             parts = lax.reduce(parts, zeros, add, (axis,))

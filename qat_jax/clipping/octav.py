@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qat_jax.clipping.bracket import bracketed
-from qat_jax.clipping.groups import arranged, count, keepdims_shape, sums
+from qat_jax.clipping.groups import arranged, count, keepdims_shape, side_by_side, sums
 from qat_jax.clipping.loops import repeat, while_loop
 from qat_jax.clipping.protocol import accumulation_dtype, uniform
 from qat_jax.counts import settle_count
@@ -134,8 +134,8 @@ class Octav:
         groups, group_axes = arranged(x, axes)
         dtype = accumulation_dtype(x)
         c = noise_constant(x, model)
-        if group_axes[-1:] and group_axes[-1] < groups.ndim - 1:
-            # Small groups are written anew, so that their magnitudes cost nothing.
+        if side_by_side(groups, group_axes):
+            # They are written anew, so that magnitudes cost nothing.
             groups, format = format.magnitude(groups), dataclasses.replace(format, signed=False)
         # Zeros like a sum over x, which is never computed: inside shard_map a loop's state has to
         # vary over the mesh from the start, as x does.
