@@ -19,6 +19,7 @@ from qat_jax import (
     PerChannel,
     PerShard,
     PerTensor,
+    PerVector,
     Quantizer,
     fake_quant,
     octav,
@@ -131,6 +132,15 @@ def on_eight_devices():
     search = jax.jit(lambda x: octav(x, Int(4))).lower(large).compile()
     assert traffic(search.as_text(), unknown_trips=1) == Traffic(12, bytes=12 * 3 * 4)
     np.testing.assert_allclose(search(large), octav(x, Int(4)), rtol=1e-6)
+
+    # Vectors are turned where they are, few of them and many.
+    for shape in ((64, 48), (128, 32, 32, 16)):
+        x = jax.random.normal(jax.random.key(0), shape)
+        placed = jax.device_put(x, NamedSharding(mesh, P("data")))
+        vectors = Quantizer(Int(4), PerVector(16), Octav())
+        found = jax.jit(lambda x, q=vectors: q.threshold(x, 1, -1)).lower(placed).compile()
+        assert traffic(found.as_text()) == Traffic(0, 0)
+        np.testing.assert_allclose(found(placed), vectors.threshold(x, 1, -1), rtol=1e-6)
 
     # With a threshold for each shard nothing travels at all.
     local = Quantizer(Int(4), PerShard(8), Octav())
