@@ -148,6 +148,9 @@ accelerator for longer than minutes; the counterparts are smaller networks on fe
   width at 70.4, 69.0 and 49.2, the dynamic maximum at 68.5, 56.4 and 6.7. So OCTAV is 0.2 and 0.5
   below float at 8 and 6 bits, where BERT-base is published as 0.1 above and 0.8 below; at 4 bits
   75 steps are too few.
+- VS-Quant, table 9. The same network and steps through vectors of 16 under 4- and 6-bit scales:
+  4/4U/4/6 by the maximum from 67.8 to 63.3, 3/8U/4/6 from 66.0 to 64.5,
+  [`squad_minilm_256_vectors.md`](squad_minilm_256_vectors.md): worse than untrained.
 - OCTAV, table 5, and VS-Quant, tables 2, 3 and 6, without training and of one network: another
   training by the recipe of the 70.7, F1 70.6,
   [`squad_minilm_256_float.md`](squad_minilm_256_float.md), on 497 of the questions (standard error
