@@ -19,14 +19,14 @@ _SHORT = 256
 _PARTIAL = 16
 # Groups of at most so many elements are reduced all at once, one a lane.
 _SMALL = 256
-# A longer axis of such groups is reduced in two steps, the last one of so many elements: XLA's CPU
+# A longer axis of such groups is reduced in two steps, the first one of so many elements: XLA's CPU
 # backend uses lanes for a pair of sums only where the reduction is short.
 _UNROLLED = 16
 # So many groups whose elements are neighbours in memory are turned at a time: more would be read
 # from beyond a cache once for each element of a group. Fewer than sixteen times that lie in one,
 # and would be too few parts for devices that share them.
 _TURNED = 1024
-_PARTS = 16
+_TURNS = 16
 
 
 def keepdims_shape(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -73,10 +73,9 @@ def _parts(size: int) -> tuple[int, ...]:
 
 def _turned(lanes: int) -> tuple[int, int]:
     """How many times how many groups are turned."""
-    if lanes < _PARTS * _TURNED:
+    if lanes < _TURNS * _TURNED:
         return 1, lanes
-    fair = (length for length in range(_TURNED, _TURNED // 16, -1) if lanes % length == 0)
-    length = next(fair, lanes)
+    length = _divisor(lanes, _TURNED, _TURNED // 16) or lanes
     return lanes // length, length
 
 
@@ -105,8 +104,12 @@ def groups_last(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 def _block(size: int) -> int:
     """How long the blocks of an axis are: up to `_BLOCK`, a divisor if there is a fair one."""
-    fair = (length for length in range(_BLOCK, _BLOCK // 8, -1) if size % length == 0)
-    return next(fair, _BLOCK)
+    return _divisor(size, _BLOCK, _BLOCK // 8) or _BLOCK
+
+
+def _divisor(size: int, most: int, beyond: int) -> int | None:
+    """The largest divisor of a size up to ``most`` and beyond another number, if there is one."""
+    return next((length for length in range(most, beyond, -1) if size % length == 0), None)
 
 
 def _split(x: jax.Array, axis: int, length: int) -> jax.Array:

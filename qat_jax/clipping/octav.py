@@ -183,9 +183,9 @@ class _Problem(NamedTuple):
     """What is searched: groups, and the weight of their rounding noise.
 
     Attributes:
-      groups: the elements (see `arranged`).
+      groups: the elements, or their magnitudes (see `arranged`).
       axes: of the groups.
-      format: what they are quantised to.
+      format: what they are quantised to; unsigned where they are magnitudes.
       c: the noise constant.
       zeros: one for each group, in the dtype of thresholds.
     """
